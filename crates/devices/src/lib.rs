@@ -1,0 +1,4 @@
+//! Device models: chipset, PCI and virtio.
+#![allow(unsafe_code)]
+
+pub mod virtio;

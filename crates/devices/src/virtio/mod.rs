@@ -1,0 +1,5 @@
+//! Virtio 1.2 devices and their PCI transport.
+
+mod device;
+
+pub use device::{QueueResources, QueueState, VirtioDevice, VirtioError};
