@@ -1,0 +1,1 @@
+//! Local APICs and the messages between them.

@@ -1,0 +1,77 @@
+//! How anyone (devices, timers, other vCPUs) gets a vCPU's attention.
+
+use std::sync::{
+    Condvar, Mutex,
+    atomic::{AtomicBool, AtomicU32, Ordering},
+};
+use std::time::Instant;
+
+/// Reasons to leave translated or interpreted code at the next block boundary.
+pub mod request {
+    /// The local APIC has an interrupt that may be deliverable.
+    pub const INTERRUPT: u32 = 1 << 0;
+    pub const NMI: u32 = 1 << 1;
+    pub const INIT: u32 = 1 << 2;
+    /// A start-up IPI; its vector is in [`super::VcpuSignal::sipi_vector`].
+    pub const SIPI: u32 = 1 << 3;
+    /// [`vireo_cpu::Kick`]: come back from `run`.
+    pub const KICK: u32 = 1 << 4;
+    /// Another vCPU or a device changed code: work through the invalidation queue.
+    pub const CODE: u32 = 1 << 5;
+    /// The local APIC timer is due.
+    pub const TIMER: u32 = 1 << 6;
+}
+
+/// One vCPU's request word and the place where it sleeps when halted.
+#[derive(Debug, Default)]
+pub struct VcpuSignal {
+    requests: AtomicU32,
+    asleep: AtomicBool,
+    pub sipi_vector: AtomicU32,
+    lock: Mutex<()>,
+    wake: Condvar,
+}
+
+impl VcpuSignal {
+    /// Asks for attention, waking the vCPU if it sleeps.
+    pub fn raise(&self, bits: u32) {
+        self.requests.fetch_or(bits, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) {
+            drop(self.lock.lock());
+            self.wake.notify_all();
+        }
+    }
+
+    /// One relaxed load: what the run loop looks at between blocks.
+    #[inline(always)]
+    pub fn pending(&self) -> u32 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Takes and clears the given requests; returns those that were set.
+    pub fn take(&self, bits: u32) -> u32 {
+        self.requests.fetch_and(!bits, Ordering::SeqCst) & bits
+    }
+
+    /// Sleeps until a request is raised or `until` is past.
+    pub fn sleep(&self, until: Option<Instant>) {
+        let Ok(mut guard) = self.lock.lock() else { return };
+        self.asleep.store(true, Ordering::SeqCst);
+        while self.requests.load(Ordering::SeqCst) == 0 {
+            match until {
+                None => match self.wake.wait(guard) {
+                    Ok(g) => guard = g,
+                    Err(_) => break,
+                },
+                Some(end) => {
+                    let Some(left) = end.checked_duration_since(Instant::now()) else { break };
+                    match self.wake.wait_timeout(guard, left) {
+                        Ok((g, _)) => guard = g,
+                        Err(_) => break,
+                    }
+                }
+            }
+        }
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+}
