@@ -1,5 +1,11 @@
 //! CPUID tables: what a guest is told its processor can do.
 
+mod features;
+mod topology;
+
+#[cfg(test)]
+mod tests;
+
 /// One leaf as CPUID returns it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuidLeaf {
@@ -35,5 +41,17 @@ impl CpuidTable {
 
     pub fn iter(&self) -> impl Iterator<Item = &(u32, Option<u32>, CpuidLeaf)> {
         self.leaves.iter()
+    }
+
+    /// Takes a function with all its subleaves out: it then reads as zeroes.
+    pub fn remove(&mut self, function: u32) {
+        self.leaves.retain(|(f, ..)| *f != function);
+    }
+
+    /// Changes every leaf of `function` that is there, telling its index (0 where it has no subleaves).
+    pub fn update(&mut self, function: u32, mut change: impl FnMut(u32, &mut CpuidLeaf)) {
+        for (_, index, leaf) in self.leaves.iter_mut().filter(|(f, ..)| *f == function) {
+            change(index.unwrap_or(0), leaf);
+        }
     }
 }

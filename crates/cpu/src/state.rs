@@ -58,6 +58,7 @@ pub struct PendingEvents {
 pub struct ApicState {
     #[n(0)]
     pub base_msr: u64,
+    /// Empty: `set_state` leaves the whole local APIC, its base MSR and its deadline too, as it is.
     #[cbor(n(1), with = "minicbor::bytes")]
     pub registers: Vec<u8>,
     #[n(2)]
@@ -103,7 +104,8 @@ pub struct CpuState {
     /// DR0–DR3, DR6, DR7.
     #[n(15)]
     pub debug: [u64; 6],
-    /// `(index, value)`, sorted by index; everything not named elsewhere here.
+    /// `(index, value)`, sorted by index; everything not named elsewhere here. `set_state` leaves those
+    /// that are not listed as they are.
     #[n(16)]
     pub msrs: Vec<(u32, u64)>,
     /// XSAVE area in the standard (not compacted) format, for the features in `xcr0`.
@@ -113,7 +115,7 @@ pub struct CpuState {
     pub apic: ApicState,
     #[n(19)]
     pub events: PendingEvents,
-    /// Guest TSC at the moment of saving.
+    /// Guest TSC at the moment of saving. 0: `set_state` leaves the TSC as it is.
     #[n(20)]
     pub tsc: u64,
 }
