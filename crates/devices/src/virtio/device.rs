@@ -31,6 +31,9 @@ pub struct QueueResources {
     pub interrupt: Arc<dyn Fn() + Send + Sync>,
     /// Tells the driver that the configuration space changed.
     pub config_changed: Arc<dyn Fn() + Send + Sync>,
+    /// To be called once the driver broke the rules of the queue ([`super::QueueError`]) and it is no longer
+    /// served: the transport sets `DEVICE_NEEDS_RESET` and tells the driver (virtio 1.2, 2.1.2).
+    pub broken: Arc<dyn Fn() + Send + Sync>,
     /// Set on restore and resume.
     pub state: Option<QueueState>,
 }
