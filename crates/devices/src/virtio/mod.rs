@@ -1,10 +1,19 @@
 //! Virtio 1.2 devices and their PCI transport.
 
+pub mod block;
 mod chain;
+mod config;
+pub mod console;
 mod cursor;
 mod device;
+#[cfg(test)]
+mod fake_driver;
 pub mod features;
 mod queue;
+pub mod rng;
+mod saved;
+mod serve;
+mod worker;
 
 pub use chain::DescriptorChain;
 pub use cursor::{Reader, ShortChain, Writer};
