@@ -1,1 +1,5 @@
+//! Describes, resolves, builds and runs a virtual machine.
+#![forbid(unsafe_code)]
 
+pub mod boot;
+pub mod layout;
