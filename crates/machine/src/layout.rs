@@ -40,6 +40,8 @@ pub const RESET_PORT: u16 = 0x604;
 pub const RESET_VALUE: u8 = 1;
 /// `SLP_TYP` of S5, power off.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// `pvpanic`, a port through which a kernel says that it panicked.
+pub const PANIC_PORT: u16 = 0x505;
 
 /// The boot GDT; gone as soon as the kernel loads its own.
 pub const BOOT_GDT: u64 = 0x500;
