@@ -9,6 +9,7 @@ mod device;
 #[cfg(test)]
 mod fake_driver;
 pub mod features;
+pub mod net;
 mod queue;
 pub mod rng;
 mod saved;
