@@ -2,6 +2,9 @@
 #![allow(unsafe_code)]
 
 pub mod apic;
+pub mod clock;
+pub mod cpuid;
+pub mod msr;
 pub mod native;
 pub mod regs;
 pub mod signal;
