@@ -1,0 +1,13 @@
+//! The guests, by what they are about.
+
+pub mod code;
+pub mod cpu;
+pub mod exceptions;
+pub mod interrupts;
+pub mod io;
+pub mod paging;
+pub mod protected;
+pub mod real;
+pub mod smp;
+pub mod timers;
+pub mod user;

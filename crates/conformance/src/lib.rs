@@ -1,0 +1,70 @@
+//! What every CPU engine must do, as small guests that run on all of them with the same results.
+//!
+//! A guest is some assembly, a start state and the list of 32-bit values that it must report (see [`asm`]
+//! for how it is written and [`machine`] for the world it finds). An engine passes the suite by a test target
+//! of three lines:
+//!
+//! ```ignore
+//! fn engine(memory: &GuestMemory) -> Option<Arc<dyn Engine>> { … }
+//! vireo_conformance::suite!(engine);
+//! ```
+//!
+//! Where an engine lacks a feature (it is not in its CPUID leaves), the guests for it are skipped, by name.
+//! The suite knows the host only through its engine: real hardware, KVM's emulator and ours are judged alike.
+#![allow(unsafe_code)]
+
+mod asm;
+mod guest;
+pub mod guests;
+mod machine;
+mod runner;
+
+pub use guest::{Expected, Guest, Start};
+pub use runner::{Outcome, check, run};
+
+/// The table of guests: from it come [`all`] and the `suite!` macro.
+macro_rules! table {
+    ($d:tt $( $module:ident { $($name:ident,)* } )*) => {
+        /// Every guest of the suite, by module.
+        pub fn all() -> Vec<Guest> {
+            vec![ $( $( guests::$module::$name(), )* )* ]
+        }
+
+        /// Makes one `#[test]` for each guest, on the engine that `$engine` makes: a
+        /// `fn(&GuestMemory) -> Option<Arc<dyn Engine>>`, `None` where the host has no such engine. For KVM,
+        /// `$emulated` says whether it emulates ring 0: guests at which that emulator is known to err are skipped.
+        #[macro_export]
+        macro_rules! suite {
+            ($d engine:expr) => {
+                $crate::suite!($d engine, false);
+            };
+            ($d engine:expr, $d emulated:expr) => {
+                $( mod $module {
+                    #[allow(unused_imports)]
+                    use super::*;
+                    $(
+                        #[test]
+                        fn $name() {
+                            $crate::check(&$crate::guests::$module::$name(), $d engine, $d emulated);
+                        }
+                    )*
+                } )*
+            };
+        }
+    };
+}
+
+table! { $
+    real {
+        arithmetic_and_flags, decimal_arithmetic, strings_to_ports, interrupts_by_ivt, segments_and_far_calls, up_to_long_mode,
+    }
+    exceptions {
+        divide_errors, debug_traps, breakpoints, undefined_opcodes, device_not_available, double_fault,
+        data_breakpoints, split_accesses, bad_stack_pointer,
+        segment_faults, general_protection, page_faults, triple_fault,
+    }
+    user {
+        there_and_back, faults, fpu_and_simd_faults, device_not_available, alignment_check, syscall_sysret, io_permission, gates,
+        stack_switch,
+    }
+}
