@@ -10,10 +10,12 @@ mod device;
 mod fake_driver;
 pub mod features;
 pub mod net;
+pub mod pci;
 mod queue;
 pub mod rng;
 mod saved;
 mod serve;
+pub mod vsock;
 mod worker;
 
 pub use chain::DescriptorChain;
