@@ -16,8 +16,9 @@ pub type PackedFlags = u16;
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
 pub struct Regs {
-    /// RAX … R15 in encoding order, then the slots of [`slot`], the rest spare.
-    pub gpr: [u64; 20],
+    /// RAX … R15 in encoding order, then the slots of [`slot`], the rest spare (it brings `bounce` and `ymm` to
+    /// their natural alignment, which instructions that demand it rely on).
+    pub gpr: [u64; 23],
     /// See [`PackedFlags`]; the other RFLAGS bits live with the interpreter.
     pub flags: PackedFlags,
     /// Guest MXCSR, with the guest's own masks.
@@ -30,7 +31,7 @@ pub struct Regs {
 
 impl Default for Regs {
     fn default() -> Self {
-        Self { gpr: [0; 20], flags: 0x0200, mxcsr: 0x1f80, bounce: [0; 8], ymm: [[0; 4]; 16] }
+        Self { gpr: [0; 23], flags: 0x0200, mxcsr: 0x1f80, bounce: [0; 8], ymm: [[0; 4]; 16] }
     }
 }
 

@@ -1,0 +1,183 @@
+//! Decoded blocks, by guest-physical address.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+    ptr,
+};
+
+use crate::uop::Uop;
+
+/// The longest block, in instructions.
+pub const MAX_BLOCK: usize = 48;
+/// Decoded instructions (32 bytes each) that the vCPUs of a machine keep together, and one at least.
+const CAPACITY: usize = 600_000;
+const CAPACITY_OF_ONE: usize = 150_000;
+
+/// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
+pub struct Block {
+    pub ops: *const Uop,
+    /// Instructions.
+    pub count: u32,
+    /// Ops that stand for instructions (fewer where some are fused).
+    pub abortable: u32,
+    pub bytes: u16,
+    /// [`crate::cpu::Cpu::mode`] that it was decoded for.
+    pub mode: u8,
+    pub valid: bool,
+    pub gpa: u64,
+    /// Where the second page was when the block was decoded, for an instruction that crosses pages.
+    pub second_page: Option<u64>,
+    /// The blocks that follow within the page: not taken, taken.
+    pub links: [*const Block; 2],
+}
+
+/// What [`BlockCache::insert`] is told of a block; see [`Block`].
+pub struct Shape {
+    pub mode: u8,
+    pub bytes: u16,
+    pub second_page: Option<u64>,
+    pub count: u32,
+    pub abortable: u32,
+}
+
+#[derive(Default)]
+struct GpaHasher(u64);
+
+impl Hasher for GpaHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u64(&mut self, v: u64) {
+        let mixed = (self.0 ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 29);
+    }
+}
+
+type Map<V> = HashMap<u64, V, BuildHasherDefault<GpaHasher>>;
+
+/// The blocks of one vCPU. Pointers to blocks stay valid until [`BlockCache::clear`].
+pub struct BlockCache {
+    ops: Box<[std::mem::MaybeUninit<Uop>]>,
+    used: usize,
+    blocks: Vec<Box<[std::mem::MaybeUninit<Block>]>>,
+    block_count: usize,
+    by_address: Map<*mut Block>,
+    by_page: Map<Vec<*mut Block>>,
+    pub decoded: u64,
+    pub invalidated: u64,
+    pub clears: u64,
+}
+
+const SLAB: usize = 4096;
+
+fn key(gpa: u64, mode: u8) -> u64 {
+    gpa | (u64::from(mode) << 56)
+}
+
+impl BlockCache {
+    /// For one vCPU of `count`. Memory is only touched as it fills.
+    pub fn new(count: u32) -> Self {
+        let capacity = (CAPACITY / count.max(1) as usize).max(CAPACITY_OF_ONE);
+        Self {
+            ops: Box::new_uninit_slice(capacity),
+            used: 0,
+            blocks: Vec::new(),
+            block_count: 0,
+            by_address: Map::default(),
+            by_page: Map::default(),
+            decoded: 0,
+            invalidated: 0,
+            clears: 0,
+        }
+    }
+
+    pub fn find(&self, gpa: u64, mode: u8) -> *const Block {
+        self.by_address.get(&key(gpa, mode)).map_or(ptr::null(), |b| b.cast_const())
+    }
+
+    /// Whether there is a block in this page.
+    pub fn has_page(&self, gpa: u64) -> bool {
+        self.by_page.contains_key(&(gpa >> 12))
+    }
+
+    /// Whether one more block of the longest kind may not fit.
+    pub fn is_full(&self) -> bool {
+        self.used + MAX_BLOCK + 1 > self.ops.len()
+    }
+
+    /// Forgets everything. No pointer to a block may be used after this.
+    pub fn clear(&mut self) {
+        self.used = 0;
+        self.block_count = 0;
+        self.by_address.clear();
+        self.by_page.clear();
+        self.clears += 1;
+    }
+
+    /// Adds a block of at most [`MAX_BLOCK`] + 1 decoded instructions; [`Self::is_full`] was checked.
+    pub fn insert(&mut self, gpa: u64, shape: Shape, ops: &[Uop]) -> *const Block {
+        let Shape { mode, bytes, second_page, count, abortable } = shape;
+        let at = self.used;
+        self.used += ops.len();
+        self.decoded += u64::from(count);
+        let room = &mut self.ops[at..at + ops.len()];
+        for (slot, op) in room.iter_mut().zip(ops) {
+            slot.write(*op);
+        }
+        let ops = room.as_ptr().cast::<Uop>();
+        let slab = self.block_count / SLAB;
+        if slab == self.blocks.len() {
+            self.blocks.push(Box::new_uninit_slice(SLAB));
+        }
+        let block = self.blocks[slab][self.block_count % SLAB].write(Block {
+            ops,
+            count,
+            abortable,
+            bytes,
+            mode,
+            valid: true,
+            gpa,
+            second_page,
+            links: [ptr::null(); 2],
+        });
+        self.block_count += 1;
+        let block: *mut Block = block;
+        self.by_address.insert(key(gpa, mode), block);
+        self.by_page.entry(gpa >> 12).or_default().push(block);
+        if let Some(second) = second_page {
+            self.by_page.entry(second >> 12).or_default().push(block);
+        }
+        block
+    }
+
+    /// Ends all blocks of the page: whoever still runs or links to one comes to `abort` at its next instruction.
+    pub fn invalidate_page(&mut self, gpa: u64, abort: crate::uop::Handler) {
+        let Some(blocks) = self.by_page.remove(&(gpa >> 12)) else { return };
+        for block in blocks {
+            // SAFETY: blocks and their ops live in slabs that are only reused after `clear`, which empties
+            // `by_page`; nobody else is changing them, as a cache belongs to one vCPU's thread.
+            unsafe {
+                if !(*block).valid {
+                    continue;
+                }
+                (*block).valid = false;
+                self.by_address.remove(&key((*block).gpa, (*block).mode));
+                let ops = (*block).ops.cast_mut();
+                // A separate end of the block stays as it is: it only says where to go on.
+                for i in 0..(*block).abortable as usize {
+                    (*ops.add(i)).handler = abort;
+                }
+            }
+            self.invalidated += 1;
+        }
+    }
+}
+
+// SAFETY: a cache is used by one vCPU's thread at a time; the raw pointers lead into its own slabs.
+unsafe impl Send for BlockCache {}

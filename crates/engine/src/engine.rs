@@ -1,0 +1,214 @@
+//! The engine behind the CPU seam.
+
+use std::{cell::RefCell, collections::BTreeMap, os::fd::BorrowedFd, ptr, sync::Arc, time::Instant};
+
+use vireo_cpu::{
+    Bus, CpuError, CpuState, Engine, Exit, Kick, MsiLine, MsiMessage, NoBus, RunStats, Vcpu, VcpuConfig,
+    cpuid::CpuidTable,
+};
+use vireo_memory::GuestMemory;
+
+use crate::{
+    apic::ApicBus,
+    cache::BlockCache,
+    clock::{Clock, VcpuClock},
+    cpu::{Counters, Cpu, Msrs},
+    cpuid,
+    fault::Fault,
+    machine::{CodeMail, DeviceWrites, Shared},
+    msr::MsrFile,
+    native::{FeatureSet, Fpu, StubCache},
+    regs::Regs,
+    signal::{VcpuSignal, request},
+    tlb::Tlb,
+};
+
+/// vCPUs that the software engine runs at most.
+pub const MAX_VCPUS: u32 = 8;
+
+/// The software CPU engine.
+pub struct SoftEngine {
+    memory: GuestMemory,
+    clock: Arc<Clock>,
+    apics: Arc<ApicBus>,
+    shared: Arc<Shared>,
+}
+
+impl SoftEngine {
+    pub fn new(memory: &GuestMemory) -> Result<Arc<Self>, CpuError> {
+        let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
+        let shared = Arc::new(Shared::default());
+        memory.set_watch(Arc::new(DeviceWrites { memory: memory.clone(), shared: shared.clone() }));
+        Ok(Arc::new(Self { memory: memory.clone(), clock: Clock::new(), apics, shared }))
+    }
+
+    /// When the first instruction with user privilege ran, on any vCPU.
+    pub fn first_user_instruction(&self) -> Option<Instant> {
+        self.shared.first_user.get().copied()
+    }
+}
+
+impl Engine for SoftEngine {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn create_vcpu(&self, config: &VcpuConfig) -> Result<Box<dyn Vcpu>, CpuError> {
+        if config.count > MAX_VCPUS || config.id >= config.count {
+            return Err(CpuError::TooManyVcpus { engine: "the software engine", asked: config.count, most: MAX_VCPUS });
+        }
+        let signal = Arc::new(VcpuSignal::default());
+        let clock = VcpuClock::new(self.clock.clone());
+        let apic = self.apics.add(config.id, signal.clone(), clock.clone())?;
+        let mail = Arc::new(CodeMail::default());
+        self.shared.join(config.id, signal.clone(), mail.clone());
+        let mut table = config.cpuid.clone();
+        cpuid::set_topology(&mut table, config.id, config.count);
+        let stubs = StubCache::new(FeatureSet::from_cpuid(&table))
+            .map_err(|source| CpuError::Host { what: "mapping memory for native stubs", source })?;
+        let bus: *const dyn Bus = &raw const NO_BUS;
+        let mut cpu = Box::new(Cpu {
+            regs: Regs::default(),
+            rip: 0,
+            data: ptr::null_mut(),
+            system_data: ptr::null_mut(),
+            block: ptr::null(),
+            next: ptr::null(),
+            link: ptr::null_mut(),
+            ip_mask: 0,
+            seg_base: [0; 8],
+            rflags: 2,
+            cpl: 0,
+            mode: 0,
+            shadow: false,
+            transferred: false,
+            fault: Fault::ud(),
+            seg: Default::default(),
+            ldtr: Default::default(),
+            tr: Default::default(),
+            gdtr: Default::default(),
+            idtr: Default::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            xcr0: 1,
+            debug: [0; 6],
+            msr: Msrs::default(),
+            nmi_pending: false,
+            nmi_masked: false,
+            halted: false,
+            wait_for_sipi: false,
+            crash: None,
+            id: config.id,
+            memory: self.memory.clone(),
+            tlb: Tlb::default(),
+            cache: BlockCache::new(config.count),
+            fpu: Fpu::default(),
+            stubs,
+            stubs_full: false,
+            kept_stubs: Default::default(),
+            kept_specials: Vec::new(),
+            scratch_ops: Vec::new(),
+            plain_msrs: MsrFile::default(),
+            efer_extra: efer_extra(&table),
+            clock,
+            signal,
+            apic,
+            shared: self.shared.clone(),
+            mail,
+            cpuid: table,
+            bus,
+            counters: Counters::default(),
+        });
+        cpu.restore(&CpuState::reset())?;
+        cpu.wait_for_sipi = config.id != 0;
+        Ok(Box::new(SoftVcpu { cpu: RefCell::new(cpu) }))
+    }
+
+    fn msi_line(&self) -> Result<Arc<dyn MsiLine>, CpuError> {
+        Ok(self.apics.msi_line())
+    }
+
+    fn send_msi(&self, message: MsiMessage) {
+        self.apics.deliver_msi(message);
+    }
+
+    fn ioeventfd(&self, _gpa: u64, _len: u32, _fd: BorrowedFd<'_>) -> bool {
+        false
+    }
+
+    fn remove_ioeventfd(&self, _gpa: u64, _len: u32, _fd: BorrowedFd<'_>) {}
+
+    fn supported_cpuid(&self) -> Result<CpuidTable, CpuError> {
+        Ok(cpuid::soft_cpuid(self.clock.tsc_khz()))
+    }
+}
+
+static NO_BUS: NoBus = NoBus;
+
+/// One vCPU of the software engine.
+pub struct SoftVcpu {
+    cpu: RefCell<Box<Cpu>>,
+}
+
+struct SoftKick(Arc<VcpuSignal>);
+
+impl Kick for SoftKick {
+    fn kick(&self) {
+        self.0.raise(request::KICK);
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, bus: &dyn Bus) -> Result<Exit, CpuError> {
+        let bus: *const (dyn Bus + '_) = bus;
+        // SAFETY: only the lifetime changes; the pointer is replaced before this call, and with it the borrow, ends.
+        let cpu = self.cpu.get_mut();
+        cpu.bus = unsafe { std::mem::transmute::<*const (dyn Bus + '_), *const (dyn Bus + 'static)>(bus) };
+        let exit = cpu.run_loop();
+        cpu.park_fpu();
+        cpu.bus = &raw const NO_BUS;
+        Ok(exit)
+    }
+
+    fn state(&self) -> Result<CpuState, CpuError> {
+        Ok(self.cpu.borrow_mut().save())
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), CpuError> {
+        self.cpu.get_mut().restore(state)
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(SoftKick(self.cpu.borrow().signal.clone()))
+    }
+
+    fn stats(&self) -> RunStats {
+        let cpu = self.cpu.borrow();
+        let c = &cpu.counters;
+        let exits = BTreeMap::from([
+            ("blocks", c.blocks),
+            ("decoded_instructions", cpu.cache.decoded),
+            ("code_cache_clears", cpu.cache.clears),
+            ("invalidated_blocks", cpu.cache.invalidated),
+            ("code_writes", c.code_writes),
+            ("tlb_misses", c.tlb_misses),
+            ("tlb_flushes", cpu.tlb.flushes),
+            ("cr3_loads", c.cr3_loads),
+            ("page_faults", c.page_faults),
+            ("exceptions", c.exceptions),
+            ("interrupts", c.interrupts),
+            ("port_io", c.pio),
+            ("mmio", c.mmio),
+            ("halts", c.halts),
+        ]);
+        RunStats { instructions: Some(c.instructions), exits }
+    }
+}
+
+/// EFER bits that the guest may set and that need nothing here: automatic IBRS (leaf 0x80000021, EAX bit 8).
+fn efer_extra(table: &CpuidTable) -> u64 {
+    if table.get(0x8000_0021, 0).eax & 1 << 8 != 0 { 1 << 21 } else { 0 }
+}

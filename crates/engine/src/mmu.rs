@@ -1,0 +1,433 @@
+//! Guest memory as instructions see it: linear addresses, paging, permissions (Intel SDM vol. 3, chapter 5).
+
+use std::{
+    ptr,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use crate::{
+    cpu::{Cpu, cr0, cr4, efer, rflags},
+    fault::{Fault, Run, page_fault, vector},
+    int::Int,
+    tlb::{DataSet, PAGE_MASK, index},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// Where a linear page leads.
+#[derive(Clone, Copy, Debug)]
+pub struct Translation {
+    /// Guest-physical address of the 4 KiB page.
+    pub gpa: u64,
+    /// Size of the page that the tables gave, as a power of two.
+    pub shift: u32,
+}
+
+mod pte {
+    pub const PRESENT: u64 = 1;
+    pub const WRITE: u64 = 2;
+    pub const USER: u64 = 4;
+    pub const ACCESSED: u64 = 32;
+    pub const DIRTY: u64 = 64;
+    pub const LARGE: u64 = 128;
+    pub const NX: u64 = 1 << 63;
+}
+
+/// Guest-physical address bits that CPUID 0x80000008 tells.
+pub const PHYSICAL_BITS: u32 = 46;
+const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !PAGE_MASK;
+const RESERVED_HIGH: u64 = ((1 << 52) - 1) & !((1 << PHYSICAL_BITS) - 1);
+
+pub const fn canonical(linear: u64) -> bool {
+    ((linear as i64) << 16) >> 16 == linear as i64
+}
+
+/// One step of a page walk.
+struct Level {
+    /// Address bits below this level's index.
+    shift: u32,
+    /// Bits of its index.
+    bits: u32,
+    /// Whether an entry may map a large page.
+    large: bool,
+}
+
+const LONG: [Level; 4] = [
+    Level { shift: 39, bits: 9, large: false },
+    Level { shift: 30, bits: 9, large: true },
+    Level { shift: 21, bits: 9, large: true },
+    Level { shift: 12, bits: 9, large: false },
+];
+const PAE: [Level; 3] = [
+    Level { shift: 30, bits: 2, large: false },
+    Level { shift: 21, bits: 9, large: true },
+    Level { shift: 12, bits: 9, large: false },
+];
+const LEGACY: [Level; 2] =
+    [Level { shift: 22, bits: 10, large: true }, Level { shift: 12, bits: 10, large: false }];
+
+impl Cpu {
+    /// Loads a value from a linear address with the current privilege.
+    #[inline(always)]
+    pub fn load<T: Int>(&mut self, linear: u64) -> Run<T> {
+        // SAFETY: `data` points at a set of our own TLB.
+        let entry = unsafe { (*self.data).read.get_unchecked(index(linear)) };
+        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+            // SAFETY: a TLB entry leads to a page of guest RAM, and first and last byte are in it.
+            return Ok(unsafe { ptr::read_unaligned(linear.wrapping_add(entry.addend) as *const T) });
+        }
+        self.load_slow(linear, false)
+    }
+
+    #[inline(always)]
+    pub fn store<T: Int>(&mut self, linear: u64, value: T) -> Run {
+        // SAFETY: as in `load`.
+        let entry = unsafe { (*self.data).write.get_unchecked(index(linear)) };
+        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+            // SAFETY: as in `load`.
+            unsafe { ptr::write_unaligned(linear.wrapping_add(entry.addend) as *mut T, value) };
+            return Ok(());
+        }
+        self.store_slow(linear, value, false)
+    }
+
+    /// Loads with supervisor privilege, whatever CPL is: descriptor tables, task state.
+    #[inline]
+    pub fn load_system<T: Int>(&mut self, linear: u64) -> Run<T> {
+        // SAFETY: as in `load`.
+        let entry = unsafe { (*self.system_data).read.get_unchecked(index(linear)) };
+        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+            // SAFETY: as in `load`.
+            return Ok(unsafe { ptr::read_unaligned(linear.wrapping_add(entry.addend) as *const T) });
+        }
+        self.load_slow(linear, true)
+    }
+
+    #[inline]
+    pub fn store_system<T: Int>(&mut self, linear: u64, value: T) -> Run {
+        // SAFETY: as in `load`.
+        let entry = unsafe { (*self.system_data).write.get_unchecked(index(linear)) };
+        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+            // SAFETY: as in `load`.
+            unsafe { ptr::write_unaligned(linear.wrapping_add(entry.addend) as *mut T, value) };
+            return Ok(());
+        }
+        self.store_slow(linear, value, true)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_slow<T: Int>(&mut self, linear: u64, system: bool) -> Run<T> {
+        let mut bytes = [0; 8];
+        self.read_bytes(linear, &mut bytes[..T::BYTES], system)?;
+        Ok(T::from_u64(u64::from_le_bytes(bytes)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_slow<T: Int>(&mut self, linear: u64, value: T, system: bool) -> Run {
+        self.write_bytes(linear, &value.to_u64().to_le_bytes()[..T::BYTES], system)
+    }
+
+    /// Reads up to 64 bytes at a linear address, across pages and from devices.
+    pub fn read_bytes(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
+        let first = (0x1000 - (linear & PAGE_MASK)).min(out.len() as u64) as usize;
+        let (head, tail) = out.split_at_mut(first);
+        if !tail.is_empty() {
+            // Both pages must be there before a device sees anything.
+            self.translate_data(linear, Access::Read, system)?;
+            self.translate_data(linear.wrapping_add(first as u64), Access::Read, system)?;
+        }
+        self.read_piece(linear, head, system)?;
+        if tail.is_empty() { Ok(()) } else { self.read_piece(linear.wrapping_add(first as u64), tail, system) }
+    }
+
+    fn read_piece(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
+        let gpa = self.translate_data(linear, Access::Read, system)? | (linear & PAGE_MASK);
+        match self.memory.host_page(gpa) {
+            // SAFETY: the page is guest RAM and the piece does not leave it.
+            Some(page) => unsafe {
+                ptr::copy_nonoverlapping(page.add((gpa & PAGE_MASK) as usize), out.as_mut_ptr(), out.len());
+            },
+            None => self.device_read(gpa, out),
+        }
+        Ok(())
+    }
+
+    /// Writes up to 64 bytes at a linear address; nothing is written if any byte may not be.
+    pub fn write_bytes(&mut self, linear: u64, data: &[u8], system: bool) -> Run {
+        let first = (0x1000 - (linear & PAGE_MASK)).min(data.len() as u64) as usize;
+        let (head, tail) = data.split_at(first);
+        if !tail.is_empty() {
+            self.translate_data(linear, Access::Write, system)?;
+            self.translate_data(linear.wrapping_add(first as u64), Access::Write, system)?;
+        }
+        self.write_piece(linear, head, system)?;
+        if tail.is_empty() { Ok(()) } else { self.write_piece(linear.wrapping_add(first as u64), tail, system) }
+    }
+
+    fn write_piece(&mut self, linear: u64, data: &[u8], system: bool) -> Run {
+        let gpa = self.translate_data(linear, Access::Write, system)? | (linear & PAGE_MASK);
+        match self.memory.host_page(gpa) {
+            Some(page) => {
+                // SAFETY: the page is guest RAM and the piece does not leave it. A naturally aligned power of
+                // two is one store, as the guest's other processors expect.
+                unsafe {
+                    let to = page.add((gpa & PAGE_MASK) as usize);
+                    match data {
+                        [b] => to.write_volatile(*b),
+                        &[a, b] => to.cast::<u16>().write_unaligned(u16::from_le_bytes([a, b])),
+                        &[a, b, c, d] => to.cast::<u32>().write_unaligned(u32::from_le_bytes([a, b, c, d])),
+                        &[a, b, c, d, e, f, g, h] => {
+                            to.cast::<u64>().write_unaligned(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+                        }
+                        _ => ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
+                    }
+                }
+                if self.memory.is_watched(gpa) {
+                    self.code_written(gpa);
+                }
+            }
+            None => self.device_write(gpa, data),
+        }
+        Ok(())
+    }
+
+    /// Devices take 1, 2, 4 or 8 bytes; anything else comes in such pieces.
+    fn device_read(&mut self, gpa: u64, out: &mut [u8]) {
+        self.counters.mmio += 1;
+        let mut at = 0;
+        while at < out.len() {
+            let n = piece(gpa + at as u64, out.len() - at);
+            self.mmio_read(gpa + at as u64, &mut out[at..at + n]);
+            at += n;
+        }
+    }
+
+    fn device_write(&mut self, gpa: u64, data: &[u8]) {
+        self.counters.mmio += 1;
+        let mut at = 0;
+        while at < data.len() {
+            let n = piece(gpa + at as u64, data.len() - at);
+            self.mmio_write(gpa + at as u64, &data[at..at + n]);
+            at += n;
+        }
+    }
+
+    /// A host pointer to `len` bytes at `linear`, if they are one piece of RAM that may be accessed so
+    /// directly (for writes: no cached code in it).
+    #[inline(always)]
+    pub fn direct(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
+        // SAFETY: as in `load`.
+        let set = unsafe { &(*self.data) };
+        let entry = if write { &set.write[index(linear)] } else { &set.read[index(linear)] };
+        if linear.wrapping_add(len - 1) & !PAGE_MASK == entry.tag {
+            return Ok(Some(linear.wrapping_add(entry.addend) as *mut u8));
+        }
+        self.direct_slow(linear, len, write)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn direct_slow(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
+        let access = if write { Access::Write } else { Access::Read };
+        let gpa = self.translate_data(linear, access, false)?;
+        let last = linear.wrapping_add(len - 1);
+        if last & !PAGE_MASK != linear & !PAGE_MASK {
+            self.translate_data(last, access, false)?;
+            return Ok(None);
+        }
+        if write && self.memory.is_watched(gpa) {
+            return Ok(None);
+        }
+        // SAFETY: the offset stays in the page.
+        Ok(self.memory.host_page(gpa).map(|page| unsafe { page.add((linear & PAGE_MASK) as usize) }))
+    }
+
+    /// Guest-physical page of a data access with the current (or supervisor) privilege; fills the TLB.
+    fn translate_data(&mut self, linear: u64, access: Access, system: bool) -> Run<u64> {
+        if !canonical(linear) && self.code64() {
+            return self.gp(0);
+        }
+        self.counters.tlb_misses += 1;
+        let user = self.cpl == 3 && !system;
+        let ac = !system && self.rflags & rflags::AC != 0;
+        let found = self.walk(linear, access, user, ac)?;
+        let write = access == Access::Write;
+        if let Some(host) = self.memory.host_page(found.gpa)
+            && !(write && self.memory.is_watched(found.gpa))
+        {
+            let set: *mut DataSet = if system { self.system_data } else { self.data };
+            // SAFETY: the sets are our own TLB's.
+            unsafe { (*set).fill(linear, host, write, found.shift) };
+        }
+        Ok(found.gpa)
+    }
+
+    /// Guest-physical page that instructions at `linear` come from; fills the TLB.
+    pub fn translate_fetch(&mut self, linear: u64) -> Run<u64> {
+        let user = self.cpl == 3;
+        let space = self.tlb.space();
+        let set = if user { &space.user_code } else { &space.supervisor_code };
+        if let Some(gpa) = set.page(linear) {
+            return Ok(gpa);
+        }
+        if !canonical(linear) && self.code64() {
+            return self.gp(0);
+        }
+        let found = self.walk(linear, Access::Fetch, user, false)?;
+        let space = self.tlb.space();
+        let set = if user { &mut space.user_code } else { &mut space.supervisor_code };
+        set.fill(linear, found.gpa, found.shift);
+        Ok(found.gpa)
+    }
+
+    /// Walks the page tables, sets accessed and dirty bits, and checks permissions.
+    pub fn walk(&mut self, linear: u64, access: Access, user: bool, ac: bool) -> Run<Translation> {
+        if self.cr0 & cr0::PG == 0 {
+            return Ok(Translation { gpa: linear & 0xffff_f000, shift: 12 });
+        }
+        let wide = self.cr4 & cr4::PAE != 0;
+        let (levels, mut table): (&[Level], u64) = if self.long_mode() {
+            (&LONG, self.cr3 & ADDRESS)
+        } else if wide {
+            (&PAE, self.cr3 & 0xffff_ffe0)
+        } else {
+            (&LEGACY, self.cr3 & 0xffff_f000)
+        };
+        let nx = self.efer & efer::NXE != 0;
+        let mut reserved = RESERVED_HIGH | if nx { 0 } else { pte::NX };
+        if !wide {
+            reserved = 0;
+        }
+        // Permissions are the AND over all levels, execute-disable the OR.
+        let mut rights = pte::WRITE | pte::USER;
+        let mut no_execute = false;
+        for level in levels {
+            let index = (linear >> level.shift) & ((1 << level.bits) - 1);
+            let address = table + index * if wide { 8 } else { 4 };
+            let Some(entry) = self.read_entry(address, wide) else {
+                // Tables outside RAM read as all ones on real machines; here as not present.
+                return self.page_fault(linear, access, user, 0);
+            };
+            if entry & pte::PRESENT == 0 {
+                return self.page_fault(linear, access, user, 0);
+            }
+            let directory_pointer = levels.len() == 3 && level.shift == 30;
+            let is_large =
+                level.large && entry & pte::LARGE != 0 && (wide || self.cr4 & cr4::PSE != 0) && !directory_pointer;
+            let mut bad = reserved;
+            if is_large && wide {
+                bad |= ((1 << level.shift) - 1) & !0x1fff;
+            } else if level.shift == 39 {
+                bad |= pte::LARGE;
+            }
+            if entry & bad != 0 {
+                return self.page_fault(linear, access, user, page_fault::PRESENT | page_fault::RESERVED);
+            }
+            if !directory_pointer {
+                rights &= entry;
+                no_execute |= nx && wide && entry & pte::NX != 0;
+            }
+            if level.shift != 12 && !is_large {
+                if !directory_pointer && entry & pte::ACCESSED == 0 {
+                    self.mark_entry(address, wide, pte::ACCESSED);
+                }
+                table = if wide { entry & ADDRESS } else { entry & 0xffff_f000 };
+                continue;
+            }
+            if !self.allowed(rights, no_execute, access, user, ac) {
+                return self.page_fault(linear, access, user, page_fault::PRESENT);
+            }
+            let mark = pte::ACCESSED | if access == Access::Write { pte::DIRTY } else { 0 };
+            if entry & mark != mark {
+                self.mark_entry(address, wide, mark);
+            }
+            let low = (1u64 << level.shift) - 1;
+            let mut frame = if wide { entry & ADDRESS & !low } else { entry & 0xffff_f000 & !low };
+            if is_large && !wide {
+                // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
+                frame |= ((entry >> 13) & 0xff) << 32;
+            }
+            return Ok(Translation { gpa: frame | (linear & low & !PAGE_MASK), shift: level.shift });
+        }
+        unreachable!("the last level always maps a page")
+    }
+
+    fn allowed(&self, rights: u64, no_execute: bool, access: Access, user: bool, ac: bool) -> bool {
+        let user_page = rights & pte::USER != 0;
+        let writable = rights & pte::WRITE != 0;
+        if user {
+            return user_page
+                && match access {
+                    Access::Read => true,
+                    Access::Write => writable,
+                    Access::Fetch => !no_execute,
+                };
+        }
+        match access {
+            Access::Fetch => !no_execute && !(user_page && self.cr4 & cr4::SMEP != 0),
+            _ if user_page && self.cr4 & cr4::SMAP != 0 && !ac => false,
+            Access::Read => true,
+            Access::Write => writable || self.cr0 & cr0::WP == 0,
+        }
+    }
+
+    fn page_fault<T>(&mut self, linear: u64, access: Access, user: bool, mut code: u32) -> Run<T> {
+        if access == Access::Write {
+            code |= page_fault::WRITE;
+        }
+        if user {
+            code |= page_fault::USER;
+        }
+        let nx = self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0;
+        if access == Access::Fetch && (nx || self.cr4 & cr4::SMEP != 0) {
+            code |= page_fault::FETCH;
+        }
+        self.counters.page_faults += 1;
+        self.raise(Fault { vector: vector::PF, error: Some(code), address: linear })
+    }
+
+    fn entry_pointer(&self, gpa: u64) -> Option<*mut u8> {
+        // SAFETY: the offset stays in the page.
+        self.memory.host_page(gpa).map(|page| unsafe { page.add((gpa & PAGE_MASK) as usize) })
+    }
+
+    fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {
+        let at = self.entry_pointer(gpa)?;
+        // SAFETY: in guest RAM, naturally aligned.
+        Some(unsafe {
+            if wide {
+                (*at.cast::<AtomicU64>()).load(Ordering::Relaxed)
+            } else {
+                u64::from((*at.cast::<AtomicU32>()).load(Ordering::Relaxed))
+            }
+        })
+    }
+
+    fn mark_entry(&self, gpa: u64, wide: bool, bits: u64) {
+        let Some(at) = self.entry_pointer(gpa) else { return };
+        // SAFETY: in guest RAM, naturally aligned.
+        unsafe {
+            if wide {
+                (*at.cast::<AtomicU64>()).fetch_or(bits, Ordering::Relaxed);
+            } else {
+                (*at.cast::<AtomicU32>()).fetch_or(bits as u32, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// The largest naturally aligned power of two at `gpa` that is at most `left` and 8.
+fn piece(gpa: u64, left: usize) -> usize {
+    let mut n = 8;
+    while n > left || !gpa.is_multiple_of(n as u64) {
+        n /= 2;
+    }
+    n
+}

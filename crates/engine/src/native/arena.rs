@@ -1,0 +1,119 @@
+//! Executable memory for stubs: one memfd, mapped twice, so that no page is ever writable and executable.
+
+use std::{io, ptr::NonNull};
+
+/// An append-only code buffer. The writable and the executable view are different mappings of the same pages, each
+/// between inaccessible guard pages.
+pub(super) struct Arena {
+    writable: View,
+    executable: View,
+    used: usize,
+}
+
+/// A mapping of `bytes` bytes with a guard page on either side.
+struct View {
+    reserved: NonNull<u8>,
+    bytes: usize,
+}
+
+const GUARD: usize = 4096;
+/// Entry points start on their own half cache line.
+const ALIGN: usize = 32;
+
+// SAFETY: the mappings belong to the arena alone and are not tied to a thread.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// Reserves `bytes` (a multiple of the page size). Pages cost memory only once they are written.
+    pub(super) fn new(bytes: usize) -> io::Result<Self> {
+        let fd = memfd()?;
+        // SAFETY: `fd` is a memfd that was just created and is owned here.
+        let sized = unsafe { libc::ftruncate(fd, bytes as libc::off_t) };
+        let views = if sized == 0 {
+            View::new(fd, bytes, libc::PROT_READ | libc::PROT_WRITE)
+                .and_then(|w| Ok((w, View::new(fd, bytes, libc::PROT_READ | libc::PROT_EXEC)?)))
+        } else {
+            Err(io::Error::last_os_error())
+        };
+        // SAFETY: `fd` is owned here and not used again; mappings outlive it.
+        unsafe { libc::close(fd) };
+        let (writable, executable) = views?;
+        Ok(Self { writable, executable, used: 0 })
+    }
+
+    /// Copies `code` in and returns where it can be called, or `None` when it does not fit any more.
+    pub(super) fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
+        let at = self.used;
+        let end = at.checked_add(code.len())?;
+        if end > self.writable.bytes {
+            return None;
+        }
+        // SAFETY: `at..end` lies inside the writable view, which nothing else has a reference into.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.start().add(at), code.len()) };
+        self.used = end.next_multiple_of(ALIGN).min(self.writable.bytes);
+        // SAFETY: the executable view is as large as the writable one.
+        NonNull::new(unsafe { self.executable.start().add(at) })
+    }
+
+    /// Forgets all code. Nothing that [`Self::push`] returned may be called any more.
+    pub(super) fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    pub(super) fn used_bytes(&self) -> usize {
+        self.used
+    }
+}
+
+impl View {
+    fn new(fd: libc::c_int, bytes: usize, protection: libc::c_int) -> io::Result<Self> {
+        // SAFETY: an anonymous reservation at an address of the kernel's choice touches nothing that exists.
+        let reserved = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes + 2 * GUARD,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let Some(start) = NonNull::new(reserved.cast::<u8>()) else { return Err(io::Error::last_os_error()) };
+        let view = Self { reserved: start, bytes };
+        // SAFETY: MAP_FIXED replaces a part of the reservation made above and nothing else.
+        let mapped = unsafe {
+            libc::mmap(view.start().cast(), bytes, protection, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0)
+        };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(view) }
+    }
+
+    fn start(&self) -> *mut u8 {
+        // SAFETY: the reservation has a guard page before the view.
+        unsafe { self.reserved.as_ptr().add(GUARD) }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `new` reserved; the owner is going away.
+        unsafe { libc::munmap(self.reserved.as_ptr().cast(), self.bytes + 2 * GUARD) };
+    }
+}
+
+/// A memfd that may be mapped executable. Kernels from 6.3 want to be told (memfd_create(2), MFD_EXEC); older
+/// ones refuse the flag.
+fn memfd() -> io::Result<libc::c_int> {
+    const MFD_EXEC: libc::c_uint = 0x10;
+    let name = c"vireo-stubs";
+    for flags in [libc::MFD_CLOEXEC | MFD_EXEC, libc::MFD_CLOEXEC] {
+        // SAFETY: the name is a valid C string and the call touches no other memory.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+        if fd >= 0 {
+            return Ok(fd);
+        }
+    }
+    Err(io::Error::last_os_error())
+}

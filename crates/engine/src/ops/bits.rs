@@ -1,0 +1,125 @@
+//! BT, BTS, BTR and BTC with a bit offset in a register or an immediate, also locked and on bit strings.
+
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use super::{attempt, next};
+use crate::{
+    cpu::Cpu,
+    fault::Run,
+    int::{CF, Int},
+    mmu::Access,
+    uop::{Ctl, Uop},
+};
+
+/// What happens to the bit after it was copied to CF.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Change {
+    None = 0,
+    Set = 1,
+    Reset = 2,
+    Complement = 3,
+}
+
+pub const LOCK: u16 = 4;
+/// The bit offset is a register (`src`), else `imm`.
+pub const BY_REGISTER: u16 = 8;
+
+#[inline(always)]
+fn changed(v: u64, bit: u64, aux: u16) -> u64 {
+    match aux & 3 {
+        0 => v,
+        1 => v | bit,
+        2 => v & !bit,
+        _ => v ^ bit,
+    }
+}
+
+#[inline(always)]
+fn set_carry(cpu: &mut Cpu, set: bool) {
+    cpu.regs.flags = cpu.regs.flags & !CF | if set { CF } else { 0 };
+}
+
+pub unsafe fn bit_reg<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
+    unsafe {
+        let o = &*op;
+        let which = if o.aux & BY_REGISTER != 0 { cpu.reg::<u64>(o.src) } else { o.imm };
+        let bit = 1u64 << (which & u64::from(T::BITS - 1));
+        let v = cpu.reg::<T>(o.dst).to_u64();
+        set_carry(cpu, v & bit != 0);
+        if o.aux & 3 != 0 {
+            cpu.set_reg(o.dst, T::from_u64(changed(v, bit, o.aux)));
+        }
+        next(cpu, op)
+    }
+}
+
+pub unsafe fn bit_mem<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
+    unsafe {
+        let set = attempt!(cpu, op, bit_of_memory::<T>(cpu, &*op));
+        set_carry(cpu, set);
+        next(cpu, op)
+    }
+}
+
+fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
+    let access = if op.aux & 3 == 0 { Access::Read } else { Access::Write };
+    let mut operand = *op;
+    let which = if op.aux & BY_REGISTER != 0 { cpu.reg::<T>(op.src).sext() } else { (op.imm & u64::from(T::BITS - 1)) as i64 };
+    // A register offset reaches beyond the operand, in steps of its size, in either direction.
+    let units = which >> T::BITS.trailing_zeros();
+    let displaced = units.wrapping_mul(T::BYTES as i64);
+    let bit = 1u64 << (which & i64::from(T::BITS - 1));
+    let at = if displaced == 0 {
+        cpu.ea(op, T::BYTES, access)?
+    } else if let Ok(sum) = i32::try_from(i64::from(op.disp).wrapping_add(displaced)) {
+        operand.disp = sum;
+        cpu.ea(&operand, T::BYTES, access)?
+    } else {
+        // Only 64-bit operands reach this far; address masks of narrower modes do not apply to them in practice.
+        cpu.ea(op, T::BYTES, access)?.wrapping_add(displaced as u64)
+    };
+    if op.aux & 3 == 0 {
+        return Ok(cpu.load::<T>(at)?.to_u64() & bit != 0);
+    }
+    if op.aux & LOCK != 0
+        && at.is_multiple_of(T::BYTES as u64)
+        && let Some(host) = cpu.direct(at, T::BYTES as u64, true)?
+    {
+        return Ok(unsafe { atomic::<T>(host, bit, op.aux) });
+    }
+    let aux = op.aux;
+    let mut was = false;
+    let locked = if aux & LOCK != 0 { Some(cpu.shared.clone()) } else { None };
+    let _guard = locked.as_ref().map(|s| s.split_lock());
+    cpu.modify::<T>(at, |v, _| {
+        was = v.to_u64() & bit != 0;
+        T::from_u64(changed(v.to_u64(), bit, aux))
+    })?;
+    Ok(was)
+}
+
+/// Atomically changes one bit; returns what it was.
+///
+/// # Safety
+/// `host` points at an aligned `T` in guest RAM.
+unsafe fn atomic<T: Int>(host: *mut u8, bit: u64, aux: u16) -> bool {
+    macro_rules! on {
+        ($atomic:ty, $int:ty) => {{
+            // SAFETY: by the contract above.
+            let cell = unsafe { &*host.cast::<$atomic>() };
+            let bit = bit as $int;
+            let old = match aux & 3 {
+                1 => cell.fetch_or(bit, Ordering::SeqCst),
+                2 => cell.fetch_and(!bit, Ordering::SeqCst),
+                _ => cell.fetch_xor(bit, Ordering::SeqCst),
+            };
+            old & bit != 0
+        }};
+    }
+    match T::BYTES {
+        2 => on!(AtomicU16, u16),
+        4 => on!(AtomicU32, u32),
+        _ => on!(AtomicU64, u64),
+    }
+}

@@ -1,0 +1,362 @@
+//! The run loop: from block to block, and everything that happens between them.
+
+use std::ptr;
+
+use vireo_cpu::Exit;
+
+use crate::{
+    cache::Block,
+    cpu::{Cpu, mode, rflags},
+    fault::{Fault, Run, vector},
+    machine::Letter,
+    ops,
+    regs::slot,
+    signal::request,
+    tlb::PAGE_MASK,
+    uop::Ctl,
+};
+
+impl Cpu {
+    /// Runs until a kick or a crash.
+    pub fn run_loop(&mut self) -> Exit {
+        self.forget_next();
+        loop {
+            if (self.signal.pending() != 0 && !self.shadow) || self.halted || self.wait_for_sipi {
+                if let Some(exit) = self.attend() {
+                    return exit;
+                }
+                if self.halted || self.wait_for_sipi {
+                    continue;
+                }
+            }
+            if self.crash.is_some() || self.run_blocks() == Ctl::Crash {
+                let crash = self.crash.take().unwrap_or_else(|| vireo_cpu::CrashInfo {
+                    vcpu: self.id,
+                    reason: "unknown".to_owned(),
+                    rip: self.rip,
+                    rsp: self.regs.gpr[4],
+                    cr3: self.cr3,
+                });
+                return Exit::Crash(crash);
+            }
+        }
+    }
+
+    /// Runs blocks until a request is pending, the vCPU halts, or the guest crashes.
+    fn run_blocks(&mut self) -> Ctl {
+        loop {
+            let mut block = self.next;
+            // SAFETY: links lead to blocks of our own cache, which live until it is cleared (and all links with it).
+            if block.is_null() || unsafe { !(*block).valid } {
+                block = match self.find_block() {
+                    Ok(block) => block,
+                    Err(_) => {
+                        if self.deliver_fault() == Ctl::Crash {
+                            return Ctl::Crash;
+                        }
+                        self.forget_next();
+                        continue;
+                    }
+                };
+            }
+            let single = self.mode & mode::SINGLE != 0;
+            if single && self.instruction_breakpoint() {
+                if self.deliver_fault() == Ctl::Crash {
+                    return Ctl::Crash;
+                }
+                continue;
+            }
+            let stepping = single && self.rflags & rflags::TF != 0;
+            self.transferred = false;
+            self.block = block;
+            self.regs.gpr[slot::BLOCK] = self.rip;
+            // SAFETY: as above; a block's ops are handlers made for it.
+            let ctl = unsafe {
+                self.counters.instructions += u64::from((*block).count);
+                self.counters.blocks += 1;
+                let first = (*block).ops;
+                ((*first).handler)(self, first)
+            };
+            match ctl {
+                Ctl::Next => {}
+                Ctl::Fault => {
+                    if self.deliver_fault() == Ctl::Crash {
+                        return Ctl::Crash;
+                    }
+                    self.forget_next();
+                }
+                Ctl::Halt => {
+                    self.halted = true;
+                    self.shadow = false;
+                    return Ctl::Next;
+                }
+                Ctl::Crash => return Ctl::Crash,
+            }
+            if single {
+                self.rflags &= !rflags::RF;
+                if stepping && ctl == Ctl::Next && !self.transferred {
+                    self.debug[4] |= 1 << 14;
+                    self.fault = Fault::new(vector::DB);
+                    if self.deliver_fault() == Ctl::Crash {
+                        return Ctl::Crash;
+                    }
+                    self.forget_next();
+                }
+            }
+            if self.signal.pending() != 0 {
+                if !self.shadow {
+                    return Ctl::Next;
+                }
+                // One more block before interrupts are looked at.
+                self.shadow = false;
+            }
+        }
+    }
+
+    /// The block at `rip`, decoded if need be, and linked to from where we come.
+    #[inline(never)]
+    fn find_block(&mut self) -> Run<*const Block> {
+        let linear = if self.code64() {
+            self.rip
+        } else {
+            self.seg[1].base.wrapping_add(self.rip) & 0xffff_ffff
+        };
+        let link = std::mem::replace(&mut self.link, ptr::null_mut());
+        let came_from = self.block;
+        let clears = self.cache.clears;
+        let user = self.cpl == 3;
+        let space = self.tlb.space();
+        let set = if user { &space.user_code } else { &space.supervisor_code };
+        let mut block = set.jump(linear);
+        // SAFETY: remembered blocks live until the cache is cleared, which forgets them.
+        if block.is_null() || unsafe { (*block).mode != self.mode || !(*block).valid } {
+            block = self.look_up(linear)?;
+        }
+        // Within a page a direct jump always leads to the same block, as long as both live.
+        if !link.is_null() && self.cache.clears == clears && (self.code64() || self.seg[1].base == 0) {
+            // SAFETY: as above; `link` lies in the block that ran last, and the cache was not cleared since.
+            unsafe {
+                let (from, to) = (&*came_from, &*block);
+                let same_page = (self.regs.gpr[slot::BLOCK] ^ self.rip) & !PAGE_MASK == 0
+                    && (from.gpa ^ to.gpa) & !PAGE_MASK == 0;
+                let whole = from.second_page.is_none() && to.second_page.is_none();
+                if same_page && whole && from.valid && from.mode == to.mode {
+                    *link = block;
+                }
+            }
+        }
+        Ok(block)
+    }
+
+    fn look_up(&mut self, linear: u64) -> Run<*const Block> {
+        if !self.code64() && self.protected() && self.rip > u64::from(self.seg[1].limit) {
+            return self.gp(0);
+        }
+        if self.cpl == 3 && self.shared.first_user.get().is_none() {
+            let _ = self.shared.first_user.set(std::time::Instant::now());
+        }
+        let gpa = self.translate_fetch(linear)?;
+        let mut block = self.cache.find(gpa | (linear & PAGE_MASK), self.mode);
+        // SAFETY: blocks that the cache finds are alive.
+        if !block.is_null()
+            && let Some(second) = unsafe { (*block).second_page }
+        {
+            // The instruction goes on where the next page is mapped now.
+            let now = self.translate_fetch((linear | PAGE_MASK).wrapping_add(1))?;
+            if now != second {
+                self.cache.invalidate_page(gpa, ops::abort);
+                block = ptr::null();
+            }
+        }
+        if block.is_null() {
+            block = self.decode_block(linear, gpa)?;
+        }
+        // SAFETY: as above.
+        if unsafe { (*block).second_page.is_none() } {
+            let user = self.cpl == 3;
+            let space = self.tlb.space();
+            let set = if user { &mut space.user_code } else { &mut space.supervisor_code };
+            set.remember(linear, block);
+        }
+        Ok(block)
+    }
+
+    /// Whether the instruction at `rip` has a breakpoint (DR7: enabled, R/W 00, length 00); notes the fault.
+    fn instruction_breakpoint(&mut self) -> bool {
+        let control = self.debug[5];
+        if control & 0xff == 0 || self.rflags & rflags::RF != 0 {
+            return false;
+        }
+        let linear = if self.code64() { self.rip } else { self.seg[1].base.wrapping_add(self.rip) & 0xffff_ffff };
+        let hits = (0..4u64)
+            .filter(|i| control >> (i * 2) & 3 != 0 && control >> (16 + i * 4) & 15 == 0)
+            .filter(|&i| self.debug[i as usize] == linear)
+            .fold(0, |bits, i| bits | 1 << i);
+        if hits != 0 {
+            self.debug[4] = self.debug[4] & !15 | hits;
+            self.fault = Fault::new(vector::DB);
+            self.forget_next();
+        }
+        hits != 0
+    }
+
+    /// The next block must be looked up.
+    pub fn forget_next(&mut self) {
+        self.next = ptr::null();
+        self.link = ptr::null_mut();
+    }
+
+    /// Works off pending requests, and sleeps while halted.
+    fn attend(&mut self) -> Option<Exit> {
+        loop {
+            if self.signal.take(request::KICK) != 0 {
+                return Some(Exit::Kicked);
+            }
+            let requests = self.signal.take(!request::KICK);
+            if requests & request::CODE != 0 {
+                self.drop_changed_code();
+            }
+            if requests & request::TIMER != 0 {
+                self.apic.timer_due();
+            }
+            if requests & request::INIT != 0 {
+                self.init();
+            }
+            if requests & request::SIPI != 0 && self.wait_for_sipi {
+                self.start_up();
+            }
+            self.nmi_pending |= requests & request::NMI != 0;
+            if self.wait_for_sipi {
+                self.signal.sleep(None);
+                continue;
+            }
+            if self.nmi_pending && !self.nmi_masked {
+                self.nmi_pending = false;
+                self.nmi_masked = true;
+                self.halted = false;
+                self.external(vector::NMI);
+                return None;
+            }
+            if self.rflags & rflags::IF != 0
+                && self.apic.pending().is_some()
+                && let Some(number) = self.apic.accept()
+            {
+                self.halted = false;
+                self.external(number);
+                return None;
+            }
+            if !self.halted {
+                return None;
+            }
+            if self.signal.pending() == 0 {
+                self.park_fpu();
+                self.signal.sleep(None);
+            }
+        }
+    }
+
+    fn external(&mut self, number: u8) {
+        self.forget_next();
+        // A crash is found by the run loop: `crash` is set and the next fault meets it.
+        if self.deliver_external(number) == Ctl::Crash && self.crash.is_none() {
+            self.crash_with("an interrupt could not be delivered".to_owned());
+        }
+    }
+
+    /// What other vCPUs and devices did to code.
+    fn drop_changed_code(&mut self) {
+        let mail = self.mail.clone();
+        for letter in mail.take() {
+            match letter {
+                Letter::Changed(page) => self.cache.invalidate_page(page, ops::abort),
+                Letter::Watched(page) => {
+                    let Some(host) = self.memory.host_page(page) else { continue };
+                    // What we wrote until now nobody noticed: the others decode it again.
+                    if self.tlb.forbid_writes(host) {
+                        self.shared.code_changed(page, Some(self.id));
+                    }
+                }
+            }
+        }
+        self.forget_next();
+    }
+
+    /// This vCPU wrote to a page that has code: drop that code everywhere.
+    pub fn code_written(&mut self, gpa: u64) {
+        self.counters.code_writes += 1;
+        let page = gpa & !PAGE_MASK;
+        self.memory.unwatch_page(page);
+        self.cache.invalidate_page(page, ops::abort);
+        self.shared.code_changed(page, Some(self.id));
+    }
+
+    /// From now on a write to this page is noticed, whoever makes it.
+    pub fn watch_code(&mut self, gpa: u64, host: *mut u8) {
+        let page = gpa & !PAGE_MASK;
+        let newly = !self.memory.watch_page(page);
+        if newly || !self.cache.has_page(page) {
+            self.tlb.forbid_writes(host);
+        }
+        if newly {
+            self.shared.code_watched(page, self.id);
+        }
+    }
+
+    /// Forgets all decoded code.
+    pub fn clear_code(&mut self) {
+        self.cache.clear();
+        self.tlb.flush_jumps();
+        if self.stubs_full {
+            self.stubs.flush();
+            self.kept_stubs.clear();
+            self.kept_specials.clear();
+            self.stubs_full = false;
+        }
+        self.forget_next();
+        self.block = ptr::null();
+    }
+
+    pub fn keep_stub(&mut self, stub: crate::native::Stub) -> *const crate::native::Stub {
+        &raw const **self.kept_stubs.entry(stub.entry as usize).or_insert_with(|| Box::new(stub))
+    }
+
+    pub fn keep_special(&mut self, special: crate::native::Special) -> *const crate::native::Special {
+        if let Some(kept) = self.kept_specials.iter().find(|kept| ***kept == special) {
+            return &raw const **kept;
+        }
+        self.kept_specials.push(Box::new(special));
+        &raw const **self.kept_specials.last().unwrap_or_else(|| unreachable!("just pushed"))
+    }
+
+    pub fn mmio_read(&mut self, gpa: u64, data: &mut [u8]) {
+        if let Some(base) = self.apic.mmio_base()
+            && gpa & !PAGE_MASK == base
+        {
+            let offset = (gpa - base) as u32;
+            let value = self.apic.mmio_read(offset & !15).to_le_bytes();
+            let from = (offset & 15) as usize;
+            for (i, byte) in data.iter_mut().enumerate() {
+                *byte = value.get(from + i).copied().unwrap_or(0);
+            }
+            return;
+        }
+        self.park_fpu();
+        self.bus().mmio_read(gpa, data);
+    }
+
+    pub fn mmio_write(&mut self, gpa: u64, data: &[u8]) {
+        if let Some(base) = self.apic.mmio_base()
+            && gpa & !PAGE_MASK == base
+        {
+            if let &[a, b, c, d, ..] = data
+                && let Some(vector) = self.apic.mmio_write((gpa - base) as u32, u32::from_le_bytes([a, b, c, d]))
+            {
+                self.park_fpu();
+                self.bus().eoi(vector);
+            }
+            return;
+        }
+        self.park_fpu();
+        self.bus().mmio_write(gpa, data);
+    }
+}
