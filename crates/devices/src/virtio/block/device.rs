@@ -6,15 +6,12 @@ use std::sync::{
 use vireo_block::Disk;
 
 use super::{
-    request::{
-        ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES,
-    },
+    request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES},
     saved::SavedBlock,
     worker::BlockQueue,
 };
 use crate::virtio::{
-    QueueResources, QueueState, VirtioDevice, VirtioError, config,
-    saved,
+    QueueResources, QueueState, VirtioDevice, VirtioError, config, saved,
     serve::{self, AdaptivePoll},
     worker::Worker,
 };
@@ -49,8 +46,15 @@ pub struct BlockConfig {
     pub name: String,
     /// What the guest finds as the disk's serial number; at most 20 bytes are used.
     pub serial: String,
-    /// Virtqueues, each with a thread of its own: 1 for each vCPU is the most that helps.
+    /// Virtqueues, each with a thread of its own; see [`BlockConfig::default_queues`].
     pub queues: u16,
+}
+
+impl BlockConfig {
+    /// One for each vCPU, as the driver likes it, up to 4: more threads than that only wait for the same disk.
+    pub fn default_queues(vcpus: u16) -> u16 {
+        vcpus.clamp(1, 4)
+    }
 }
 
 /// A virtio block device over a disk of any format.
@@ -119,10 +123,7 @@ impl Block {
     }
 
     fn limits(&self) -> Limits {
-        Limits {
-            size_bytes: self.disk.size_bytes() / SECTOR_BYTES * SECTOR_BYTES,
-            read_only: self.disk.read_only(),
-        }
+        Limits { size_bytes: self.disk.size_bytes() / SECTOR_BYTES * SECTOR_BYTES, read_only: self.disk.read_only() }
     }
 }
 

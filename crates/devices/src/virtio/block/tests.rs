@@ -50,7 +50,12 @@ impl TestDisk {
         }
     }
 
-    fn transfer(&self, offset: u64, buffers: &[GuestSlice<'_>], each: impl Fn(&mut [u8], &GuestSlice<'_>)) -> Result<(), DiskError> {
+    fn transfer(
+        &self,
+        offset: u64,
+        buffers: &[GuestSlice<'_>],
+        each: impl Fn(&mut [u8], &GuestSlice<'_>),
+    ) -> Result<(), DiskError> {
         self.transfers.fetch_add(1, Ordering::Relaxed);
         std::thread::sleep(self.delay);
         let len: usize = buffers.iter().map(GuestSlice::len).sum();

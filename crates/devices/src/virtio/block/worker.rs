@@ -146,8 +146,8 @@ impl BlockQueue {
     }
 
     fn each(&self, extents: &[Extent], apply: impl Fn(&Extent) -> Result<(), DiskError>) -> Status {
-        let wanted = extents.iter().filter(|extent| extent.len > 0);
-        status(wanted.map(apply).collect::<Result<(), _>>().and_then(|()| self.settle()))
+        let mut wanted = extents.iter().filter(|extent| extent.len > 0);
+        status(wanted.try_for_each(apply).and_then(|()| self.settle()))
     }
 }
 

@@ -6,7 +6,11 @@ use std::{
 
 use vmm_sys_util::epoll::EventSet;
 
-use crate::virtio::{QueueError, QueueResources, QueueState, VirtioError, serve::Served, worker::{Signals, Worker}};
+use crate::virtio::{
+    QueueError, QueueResources, QueueState, VirtioError,
+    serve::Served,
+    worker::{Signals, Worker},
+};
 
 const PIECE_BYTES: usize = 4096;
 

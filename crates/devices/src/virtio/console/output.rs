@@ -4,7 +4,11 @@ use std::{
     time::Duration,
 };
 
-use crate::virtio::{DescriptorChain, QueueError, QueueResources, QueueState, VirtioError, serve::Served, worker::{Signals, Worker}};
+use crate::virtio::{
+    DescriptorChain, QueueError, QueueResources, QueueState, VirtioError,
+    serve::Served,
+    worker::{Signals, Worker},
+};
 
 /// Bytes taken from the driver before the other end has taken them.
 pub const PIECE_BYTES: usize = 16 << 10;

@@ -17,8 +17,7 @@ use crate::virtio::{
 };
 
 const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
-const ALL: Offloads =
-    Offloads { checksum_in: true, checksum_out: true, segmentation_in: true, segmentation_out: true };
+const ALL: Offloads = Offloads { checksum_in: true, checksum_out: true, segmentation_in: true, segmentation_out: true };
 
 /// A wire whose other end the test holds.
 struct Wire {

@@ -29,7 +29,10 @@ pub type Answer = SyncSender<io::Result<UnixStream>>;
 
 pub enum Phase {
     /// The guest has not answered yet; the host's end is handed out when it does.
-    Connecting { answer: Answer, host_end: UnixStream },
+    Connecting {
+        answer: Answer,
+        host_end: UnixStream,
+    },
     Open,
     /// The guest has gone, after it said that it would send no more: only what it sent before still has to
     /// reach the host.
@@ -286,8 +289,8 @@ impl Connection {
 
     /// The next packet without payload.
     pub fn next_control(&mut self) -> Option<(u16, u32)> {
-        let shutdown = if self.host.sends { 0 } else { SHUTDOWN_SEND }
-            | if self.host.receives { 0 } else { SHUTDOWN_RECEIVE };
+        let shutdown =
+            if self.host.sends { 0 } else { SHUTDOWN_SEND } | if self.host.receives { 0 } else { SHUTDOWN_RECEIVE };
         let table = [
             (due::REQUEST, op::REQUEST, 0),
             (due::RESPONSE, op::RESPONSE, 0),

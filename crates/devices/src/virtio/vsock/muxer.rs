@@ -290,8 +290,7 @@ impl Muxer {
         if !self.listeners.has(header.dst_port) {
             return self.refuse(header);
         }
-        let added = UnixStream::pair()
-            .and_then(|(ours, host_end)| Ok((self.add(ours, Phase::Open, ports)?, host_end)));
+        let added = UnixStream::pair().and_then(|(ours, host_end)| Ok((self.add(ours, Phase::Open, ports)?, host_end)));
         let Ok((token, host_end)) = added else { return self.refuse(header) };
         if !self.listeners.offer(header.dst_port, host_end) {
             return self.close(token, true);

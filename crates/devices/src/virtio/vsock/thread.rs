@@ -33,11 +33,25 @@ const KICK: u64 = 1;
 
 /// What others ask of the device's thread.
 pub enum Command {
-    Start { index: usize, served: Box<Served>, kick: EventFd, reply: SyncSender<io::Result<()>> },
-    Stop { index: usize, reply: SyncSender<Option<QueueState>> },
-    Connect { port: u32, deadline: Instant, answer: Answer },
+    Start {
+        index: usize,
+        served: Box<Served>,
+        kick: EventFd,
+        reply: SyncSender<io::Result<()>>,
+    },
+    Stop {
+        index: usize,
+        reply: SyncSender<Option<QueueState>>,
+    },
+    Connect {
+        port: u32,
+        deadline: Instant,
+        answer: Answer,
+    },
     /// The driver forgot all connections.
-    Reset { reply: SyncSender<()> },
+    Reset {
+        reply: SyncSender<()>,
+    },
     /// The driver does not know yet that its connections are gone.
     TellTransportReset,
     Exit,
