@@ -1,0 +1,133 @@
+//! The files that make an installed Debian a guest of Vireo.
+
+use std::io::Write;
+
+use super::{
+    selection::MASKED_GENERATORS,
+    tree::{TreeError, TreeWriter},
+};
+
+/// What the files depend on.
+pub struct Guest<'a> {
+    pub hostname: &'a str,
+    /// Lines of `/etc/apt/sources.list.d/debian.sources`.
+    pub sources: &'a str,
+    pub agent: Option<&'a [u8]>,
+    pub has_ssh_server: bool,
+}
+
+/// Excluded from the start, so that dpkg in the guest leaves them out too. Copyright files stay.
+pub const DPKG_EXCLUDES: &str = "\
+# Written by vireo image build. Remove this file and reinstall a package to have its documentation.
+path-exclude=/usr/share/doc/*
+path-include=/usr/share/doc/*/copyright
+path-exclude=/usr/share/man/*
+path-exclude=/usr/share/info/*
+path-exclude=/usr/share/lintian/*
+path-exclude=/usr/share/locale/*
+path-include=/usr/share/locale/locale.alias
+path-exclude=/boot/System.map-*
+";
+
+const AGENT_UNIT: &str = "\
+[Unit]
+Description=Vireo guest agent
+DefaultDependencies=no
+# Commands may write below /tmp and /run: those are mounted by then. The network is not waited for.
+After=local-fs.target systemd-journald.socket
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+ExecStart=/usr/lib/vireo/agent
+Restart=always
+RestartSec=1
+KillMode=process
+OOMScoreAdjust=-900
+TasksMax=infinity
+
+[Install]
+WantedBy=sysinit.target
+";
+
+const NETWORK: &str = "\
+[Match]
+Name=en* eth*
+
+[Network]
+DHCP=yes
+IPv6AcceptRA=yes
+
+[DHCPv4]
+# By the address of the card: clones of an image, whose machine ids may be equal, get different leases.
+ClientIdentifier=mac
+";
+
+const JOURNAL: &str = "\
+[Journal]
+# In memory until someone makes /var/log/journal.
+Storage=auto
+RuntimeMaxUse=16M
+";
+
+const SSH_KEYS: &str = "\
+[Service]
+# The image has no host keys: each machine makes its own.
+ExecStartPre=
+ExecStartPre=/usr/bin/ssh-keygen -A
+ExecStartPre=/usr/sbin/sshd -t
+";
+
+const HOSTS: &str = "\
+127.0.0.1\tlocalhost
+::1\t\tlocalhost ip6-localhost ip6-loopback
+ff02::1\t\tip6-allnodes
+ff02::2\t\tip6-allrouters
+";
+
+/// The files that must be there before the first package is configured.
+pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<(), TreeError> {
+    for directory in ["dev", "etc", "etc/apt", "etc/dpkg", "etc/dpkg/dpkg.cfg.d", "etc/initramfs-tools", "proc", "root", "run", "sys", "tmp"] {
+        tree.directory(directory, if directory == "tmp" { 0o1777 } else { 0o755 })?;
+    }
+    // bookworm's base-files leaves the links of the merged /usr to the installer.
+    for name in ["bin", "sbin", "lib", "lib64"] {
+        tree.directory(&format!("usr/{name}"), 0o755)?;
+        tree.symlink(name, &format!("usr/{name}"))?;
+    }
+    tree.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes())?;
+    tree.file("etc/hosts", 0o644, HOSTS.as_bytes())?;
+    tree.file("etc/fstab", 0o644, b"# The root file system is mounted by the initrd, as the kernel command line says.\n")?;
+    tree.file("etc/dpkg/dpkg.cfg.d/vireo", 0o644, DPKG_EXCLUDES.as_bytes())?;
+    // The VMM loads kernel and initrd from the image's directory: none is made in the guest.
+    tree.file("etc/initramfs-tools/update-initramfs.conf", 0o644, b"update_initramfs=no\nbackup_initramfs=no\n")?;
+    tree.file("usr/sbin/policy-rc.d", 0o755, b"#!/bin/sh\nexit 101\n")?;
+    tree.directory("var/lib/dpkg/info", 0o755)?;
+    tree.directory("var/lib/dpkg/updates", 0o755)?;
+    tree.file("var/lib/dpkg/status", 0o644, b"")?;
+    tree.file("var/lib/dpkg/available", 0o644, b"")
+}
+
+/// The files that are laid over the installed system.
+pub fn write_last(tree: &mut TreeWriter<impl Write>, guest: &Guest<'_>) -> Result<(), TreeError> {
+    tree.file("etc/apt/sources.list.d/debian.sources", 0o644, guest.sources.as_bytes())?;
+    tree.file("etc/default/locale", 0o644, b"LANG=C.UTF-8\n")?;
+    tree.file("etc/hostname", 0o644, format!("{}\n", guest.hostname).as_bytes())?;
+    tree.file("etc/systemd/journald.conf.d/vireo.conf", 0o644, JOURNAL.as_bytes())?;
+    tree.file("etc/systemd/network/80-vireo.network", 0o644, NETWORK.as_bytes())?;
+    tree.symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")?;
+    for generator in MASKED_GENERATORS {
+        tree.symlink(&format!("etc/systemd/system-generators/{generator}"), "/dev/null")?;
+    }
+    if guest.has_ssh_server {
+        tree.file("etc/systemd/system/ssh.service.d/vireo.conf", 0o644, SSH_KEYS.as_bytes())?;
+    }
+    if let Some(agent) = guest.agent {
+        tree.directory("usr/lib/vireo", 0o755)?;
+        tree.file("usr/lib/vireo/agent", 0o755, agent)?;
+        tree.file("etc/modules-load.d/vireo.conf", 0o644, b"vmw_vsock_virtio_transport\n")?;
+        tree.file("usr/lib/systemd/system/vireo-agent.service", 0o644, AGENT_UNIT.as_bytes())?;
+        tree.symlink("etc/systemd/system/sysinit.target.wants/vireo-agent.service", "/usr/lib/systemd/system/vireo-agent.service")?;
+    }
+    Ok(())
+}
