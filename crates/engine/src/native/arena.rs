@@ -2,10 +2,14 @@
 
 use std::{io, ptr::NonNull};
 
+use super::guard::Registration;
+
 /// An append-only code buffer. The writable and the executable view are different mappings of the same pages, each
 /// between inaccessible guard pages.
 pub(super) struct Arena {
     writable: View,
+    // Dropped before the view that it names.
+    _registration: Registration,
     executable: View,
     used: usize,
 }
@@ -18,7 +22,7 @@ struct View {
 
 const GUARD: usize = 4096;
 /// Entry points start on their own half cache line.
-const ALIGN: usize = 32;
+pub(super) const ALIGN: usize = 32;
 
 // SAFETY: the mappings belong to the arena alone and are not tied to a thread.
 unsafe impl Send for Arena {}
@@ -38,7 +42,15 @@ impl Arena {
         // SAFETY: `fd` is owned here and not used again; mappings outlive it.
         unsafe { libc::close(fd) };
         let (writable, executable) = views?;
-        Ok(Self { writable, executable, used: 0 })
+        let registration = Registration::new(executable.start() as usize, bytes)?;
+        let mut arena = Self { writable, _registration: registration, executable, used: 0 };
+        arena.clear();
+        Ok(arena)
+    }
+
+    /// Bytes at the start that say where functions begin, a bit for every [`ALIGN`] bytes: see `guard`.
+    fn map_bytes(&self) -> usize {
+        (self.writable.bytes / ALIGN / 8).next_multiple_of(ALIGN)
     }
 
     /// Copies `code` in and returns where it can be called, or `None` when it does not fit any more.
@@ -48,8 +60,13 @@ impl Arena {
         if end > self.writable.bytes {
             return None;
         }
-        // SAFETY: `at..end` lies inside the writable view, which nothing else has a reference into.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.start().add(at), code.len()) };
+        let unit = at / ALIGN;
+        // SAFETY: `at..end` lies inside the writable view, and so does the bitmap; nothing else has a reference
+        // into it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.start().add(at), code.len());
+            *self.writable.start().add(unit / 8) |= 1 << (unit % 8);
+        }
         self.used = end.next_multiple_of(ALIGN).min(self.writable.bytes);
         // SAFETY: the executable view is as large as the writable one.
         NonNull::new(unsafe { self.executable.start().add(at) })
@@ -57,7 +74,9 @@ impl Arena {
 
     /// Forgets all code. Nothing that [`Self::push`] returned may be called any more.
     pub(super) fn clear(&mut self) {
-        self.used = 0;
+        self.used = self.map_bytes();
+        // SAFETY: the bitmap is the start of the view.
+        unsafe { std::ptr::write_bytes(self.writable.start(), 0, self.used) };
     }
 
     pub(super) fn used_bytes(&self) -> usize {

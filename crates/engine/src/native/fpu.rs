@@ -9,8 +9,7 @@
 //! A guest that unmasks exceptions (in FCW or MXCSR) is run the strict way, state around every single stub.
 
 use super::{
-    Trap,
-    image::{self, FSW, FX_BYTES},
+    Trap, guard, image::{self, FSW, FX_BYTES},
     stub::{Access, Stub, uses},
 };
 use crate::regs::Regs;
@@ -22,16 +21,6 @@ pub const MXCSR_MASK: u32 = 0xffff;
 const MXCSR_MASKS: u32 = 0x1f80;
 /// What Rust code expects.
 pub(super) const MXCSR_DEFAULT: u32 = 0x1f80;
-
-pub(super) mod mxcsr {
-    pub const IE: u32 = 1 << 0;
-    pub const DE: u32 = 1 << 1;
-    pub const ZE: u32 = 1 << 2;
-    pub const UE: u32 = 1 << 4;
-    pub const FLAGS: u32 = 0x3f;
-    pub const UM: u32 = 1 << 11;
-    pub const FTZ: u32 = 1 << 15;
-}
 
 /// Where the last non-control x87 instruction was; what FIP, FDP and FOP are made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,7 +96,10 @@ impl Fpu {
         if stub.uses & !self.live == 0 {
             // SAFETY: the caller's word; what the stub wants in the host's registers is there.
             unsafe { (stub.entry)(regs, memory) };
-            return Ok(());
+            return match guard::take() {
+                None => Ok(()),
+                Some(fault) => Err(trap(fault)),
+            };
         }
         // SAFETY: the caller's word.
         unsafe { self.call_cold(stub, regs, memory) }
@@ -133,104 +125,44 @@ impl Fpu {
         }
         if stub.uses & uses::MXCSR == 0 || self.live & uses::MXCSR != 0 {
             // SAFETY: the caller's word.
-            unsafe { self.run(stub, regs, memory, strict_x87) };
-            return Ok(());
+            return unsafe { self.run(stub, regs, memory, strict_x87) }.map_err(trap);
         }
+        let outside = host::mxcsr();
+        host::set_mxcsr(regs.mxcsr);
         if regs.mxcsr & MXCSR_MASKS == MXCSR_MASKS {
-            host::set_mxcsr(regs.mxcsr);
             self.live |= uses::MXCSR;
             // SAFETY: the caller's word.
-            unsafe { self.run(stub, regs, memory, strict_x87) };
-            return Ok(());
+            return unsafe { self.run(stub, regs, memory, strict_x87) }.map_err(trap);
         }
+        // The guest wants some SIMD exceptions: the host's own detection raises them (see `guard`).
         // SAFETY: the caller's word.
-        unsafe { self.run_unmasked(stub, regs, memory, strict_x87) }
+        let result = unsafe { self.run(stub, regs, memory, strict_x87) };
+        regs.mxcsr = match result {
+            Ok(()) => host::mxcsr(),
+            Err(fault) => fault.mxcsr,
+        } & MXCSR_MASK;
+        host::set_mxcsr(outside);
+        result.map_err(trap)
     }
 
     /// Runs a stub with the x87 state where the caller of this has put it.
-    unsafe fn run(&mut self, stub: &Stub, regs: &mut Regs, memory: *mut u8, strict_x87: bool) {
-        if !strict_x87 {
-            // SAFETY: the caller's word.
-            unsafe { (stub.entry)(regs, memory) };
-            return;
-        }
-        image::set_mxcsr(&mut self.area.0, host::mxcsr());
-        // SAFETY: the caller's word; no x87 exception is pending, or the stub does not wait.
-        unsafe { host::call_with_x87(stub.entry, regs, memory, &mut self.area) };
-        self.settle();
-    }
-
-    /// The guest wants some SIMD exceptions: find out with all of them masked, then keep the results or drop them
-    /// (Intel SDM vol. 1, 11.5.2 and 11.5.4).
-    unsafe fn run_unmasked(
+    unsafe fn run(
         &mut self,
         stub: &Stub,
         regs: &mut Regs,
         memory: *mut u8,
         strict_x87: bool,
-    ) -> Result<(), Trap> {
-        if stub.uses & uses::X87 != 0 && !strict_x87 {
-            self.park_x87();
-        }
-        let guest = regs.mxcsr;
-        let before = (regs.clone(), self.area.clone());
-        let bytes = usize::from(stub.memory.bytes);
-        let writes = matches!(stub.memory.access, Access::Write | Access::ReadWrite);
-        let mut scratch = Scratch([0; 64]);
-        let target = if writes { scratch.0.as_mut_ptr() } else { memory };
-
-        let mut control = (guest | MXCSR_MASKS) & !mxcsr::FLAGS;
-        if guest & mxcsr::UM == 0 {
-            // Flushing happens only where underflow is masked.
-            control &= !mxcsr::FTZ;
-        }
-        let outside = host::mxcsr();
-        let uses_x87 = stub.uses & uses::X87 != 0;
-        let attempt = |fpu: &mut Self, regs: &mut Regs, control| {
-            host::set_mxcsr(control);
-            // SAFETY: the caller's word; `target` is the operand or a copy of its size.
-            unsafe { fpu.run(stub, regs, target, uses_x87) };
-            let flags = host::mxcsr() & mxcsr::FLAGS;
-            host::set_mxcsr(outside);
-            flags
-        };
-        let mut flags = 0;
-        if guest & mxcsr::UM == 0 {
-            // An unmasked underflow is raised for any tiny result, a masked one only if it is inexact too.
-            // Flush-to-zero reports the former.
-            flags = attempt(self, regs, control | mxcsr::FTZ) & mxcsr::UE;
-            *regs = before.0.clone();
-            self.area = before.1.clone();
-        }
-        flags |= attempt(self, regs, control);
-
-        let unmasked = !(guest >> 7) & mxcsr::FLAGS;
-        let early = flags & (mxcsr::IE | mxcsr::DE | mxcsr::ZE);
-        let raised = if early & unmasked != 0 {
-            Some(early)
-        } else if flags & unmasked != 0 {
-            Some(flags)
-        } else {
-            None
-        };
-        if let Some(flags) = raised {
-            let after = self.top_and_tags();
-            *regs = before.0;
-            self.area = before.1;
-            if after != self.top_and_tags() {
-                // Conversions from and to MMX make the transition even so.
-                self.enter_mmx();
-            }
+    ) -> Result<(), guard::Fault> {
+        if strict_x87 {
+            image::set_mxcsr(&mut self.area.0, host::mxcsr());
+            // SAFETY: the caller's word; no x87 exception is pending, or the stub does not wait.
+            unsafe { host::call_with_x87(stub.entry, regs, memory, &mut self.area) };
             self.settle();
-            regs.mxcsr = guest | flags;
-            return Err(Trap::SimdException);
+        } else {
+            // SAFETY: the caller's word.
+            unsafe { (stub.entry)(regs, memory) };
         }
-        regs.mxcsr = guest | flags;
-        if writes {
-            // SAFETY: the operand is `bytes` writable bytes, at most 32; `scratch` is another place.
-            unsafe { std::ptr::copy_nonoverlapping(target, memory, bytes) };
-        }
-        Ok(())
+        guard::take().map_or(Ok(()), Err)
     }
 
     /// Takes the guest's state out of the host's registers: x87 into this, MXCSR into `regs`. To be called before
@@ -280,8 +212,17 @@ impl Fpu {
     }
 }
 
-#[repr(align(64))]
-struct Scratch([u8; 64]);
+/// What the guest sees of a stub's fault. Only SIMD exceptions are expected.
+#[cold]
+fn trap(fault: guard::Fault) -> Trap {
+    match fault.vector {
+        0 => Trap::Divide,
+        6 => Trap::InvalidOpcode,
+        16 => Trap::MathFault,
+        19 => Trap::SimdException,
+        _ => Trap::GeneralProtection,
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 mod host {
@@ -298,8 +239,8 @@ mod host {
     }
 
     pub(super) fn set_mxcsr(value: u32) {
-        // SAFETY: reads four bytes; all exceptions are masked in every value that comes here and reserved bits are
-        // clear, so nothing faults.
+        // SAFETY: reads four bytes; reserved bits are clear in every value that comes here, so that it does not fault.
+        // Exceptions are unmasked only around a single stub.
         unsafe { asm!("ldmxcsr [{}]", in(reg) &value, options(nostack, preserves_flags, readonly)) };
     }
 

@@ -177,15 +177,16 @@ impl MaskedBytes {
             false => regs.ymm[usize::from(register)],
         };
         let (source, mask) = (value(fpu, self.source), value(fpu, self.mask));
+        if mmx {
+            // Before the accesses: processors keep the transition when one faults.
+            fpu.enter_mmx();
+        }
         let chosen = (0..if mmx { 8 } else { 16 }).filter(|&i| negative(&mask, i, 1));
         for i in chosen.clone() {
             memory.check_write(base.wrapping_add(i as u64), 1)?;
         }
         for i in chosen {
             memory.write(base.wrapping_add(i as u64), &[element(&source, i, 1) as u8])?;
-        }
-        if mmx {
-            fpu.enter_mmx();
         }
         Ok(())
     }

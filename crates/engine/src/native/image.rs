@@ -264,14 +264,9 @@ impl Fpu {
         self.area.0[FTW] = 0xff;
     }
 
-    /// TOP and the abridged tags.
-    pub(super) fn top_and_tags(&self) -> (u8, u8) {
-        (self.area.0[FSW + 1] >> 3 & 7, self.area.0[FTW])
-    }
-
     /// Changes TOP alone. The area has the registers in the order of the stack, so that they move.
     fn set_top(&mut self, top: u8) {
-        let (old, _) = self.top_and_tags();
+        let old = self.area.0[FSW + 1] >> 3 & 7;
         self.area.0[ST..XMM].rotate_left(usize::from(top.wrapping_sub(old) & 7) * 16);
         self.area.0[FSW + 1] = self.area.0[FSW + 1] & !0x38 | (top & 7) << 3;
     }
@@ -295,7 +290,8 @@ impl Fpu {
 
     fn load_x87(&mut self, form: Form, bytes: &[u8]) {
         let area = &mut self.area.0;
-        put(area, FCW, &bytes[FCW..FOP]);
+        // The byte behind the abridged tags is reserved.
+        put(area, FCW, &bytes[FCW..FTW + 1]);
         for i in 0..8 {
             let at = ST + i * 16;
             put(area, at, &bytes[at..at + 10]);

@@ -27,6 +27,7 @@ mod emit;
 mod features;
 mod fpu;
 mod gather;
+mod guard;
 mod image;
 mod special;
 mod stub;

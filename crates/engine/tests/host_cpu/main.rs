@@ -1,0 +1,135 @@
+//! Instruction semantics against the host CPU itself.
+//!
+//! For every user-mode instruction that CPUID advertises, random instructions run in random states both on the host,
+//! in a sandboxed child, and in an executor of ours; registers, flags, vectors, x87 state and memory must be the
+//! same afterwards. `VIREO_HOST_CPU_CASES` (cases for each of iced's codes, default 60) makes the run longer,
+//! `VIREO_HOST_CPU_SEED` another one, `VIREO_HOST_CPU_ONLY` takes a substring of the codes to run.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#![allow(unsafe_code)]
+
+mod case;
+mod child;
+mod compare;
+mod generate;
+mod random;
+mod stubs;
+
+use std::collections::BTreeMap;
+
+use case::{Case, Executor, Mode, Verdict};
+use child::{BATCH, Host};
+use iced_x86::Code;
+use random::Random;
+use vireo_engine::native::FeatureSet;
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+#[derive(Default)]
+struct Report {
+    compared: BTreeMap<String, u64>,
+    skipped: BTreeMap<(&'static str, String), u64>,
+    ungenerated: Vec<String>,
+    killed: Vec<String>,
+    differences: Vec<String>,
+}
+
+fn hold_against_host(mode: Mode, executor: &mut dyn Executor) -> Report {
+    let per_code = setting("VIREO_HOST_CPU_CASES", 60);
+    let seed = setting("VIREO_HOST_CPU_SEED", 1);
+    let only = std::env::var("VIREO_HOST_CPU_ONLY").unwrap_or_default();
+    let mut host = Host::new().expect("shared memory for the child");
+    let mut report = Report::default();
+    let codes = generate::codes(mode, &FeatureSet::host());
+    let mut batch: Vec<(Code, Case)> = Vec::new();
+    for code in codes.iter().filter(|c| format!("{c:?}").contains(&only)) {
+        let mut random = Random(seed.wrapping_mul(0x1000_0000_01b3) ^ (*code as u64) << 32);
+        let mut made = 0;
+        for _ in 0..per_code * 4 {
+            if made == per_code {
+                break;
+            }
+            if let Some(case) = generate::case(*code, mode, &mut random) {
+                made += 1;
+                batch.push((*code, case));
+                if batch.len() == BATCH {
+                    run(&mut batch, &mut host, executor, &mut report);
+                }
+            }
+        }
+        if made == 0 {
+            report.ungenerated.push(format!("{code:?}"));
+        }
+    }
+    run(&mut batch, &mut host, executor, &mut report);
+    report
+}
+
+fn run(batch: &mut Vec<(Code, Case)>, host: &mut Host, executor: &mut dyn Executor, report: &mut Report) {
+    let cases: Vec<Case> = batch.iter().map(|(_, case)| case.clone()).collect();
+    let outcomes = host.run(&cases).expect("the sandboxed child");
+    for ((code, case), outcome) in batch.drain(..).zip(outcomes) {
+        let name = format!("{code:?}");
+        let Some(native) = outcome else {
+            report.killed.push(format!("{name}: {:02x?}", case.code));
+            continue;
+        };
+        if std::env::var_os("VIREO_HOST_CPU_TRACE").is_some() {
+            eprintln!("{name} {:02x?}, host vector {:?}", case.code, native.vector);
+        }
+        match executor.step(&case) {
+            Verdict::Skipped(why) => *report.skipped.entry((why, name)).or_default() += 1,
+            Verdict::Ran(ours) => {
+                if let Some(difference) = compare::difference(&case, &native, &ours, executor.undefined_flags(&case)) {
+                    report.differences.push(format!("{name} {:02x?}: {difference}", case.code));
+                }
+                *report.compared.entry(name).or_default() += 1;
+            }
+        }
+    }
+}
+
+impl Report {
+    fn print(&self, title: &str) {
+        let cases: u64 = self.compared.values().sum();
+        println!("{title}: {cases} cases of {} codes compared, {} differ", self.compared.len(), self.differences.len());
+        let mut by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (why, name) in self.skipped.keys() {
+            if !self.compared.contains_key(name) {
+                by_reason.entry(why).or_default().push(name);
+            }
+        }
+        for (why, names) in by_reason {
+            println!("  {why} ({}): {}", names.len(), names.join(" "));
+        }
+        println!("  no instruction made ({}): {}", self.ungenerated.len(), self.ungenerated.join(" "));
+        println!("  the child died of {}: {}", self.killed.len(), self.killed.join(", "));
+    }
+}
+
+fn stubs_against_host(mode: Mode, title: &str, at_least: usize) {
+    let mut stubs = stubs::Stubs::new(FeatureSet::host()).expect("executable memory");
+    let report = hold_against_host(mode, &mut stubs);
+    report.print(title);
+    println!("  {} stubs, {} bytes", stubs.size().0, stubs.size().1);
+    let shown = setting("VIREO_HOST_CPU_SHOW", 30) as usize;
+    for difference in report.differences.iter().take(shown) {
+        println!("  {difference}");
+    }
+    assert!(report.killed.is_empty(), "the child died of an instruction");
+    assert!(report.differences.is_empty(), "{} cases differ from the host", report.differences.len());
+    if std::env::var_os("VIREO_HOST_CPU_ONLY").is_none() {
+        assert!(report.compared.len() >= at_least, "only {} codes were compared", report.compared.len());
+    }
+}
+
+#[test]
+fn stubs_in_64_bit_mode() {
+    stubs_against_host(Mode::Bits64, "64-bit mode", 600);
+}
+
+#[test]
+fn stubs_in_32_bit_mode() {
+    stubs_against_host(Mode::Bits32, "32-bit mode", 500);
+}
