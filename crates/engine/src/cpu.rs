@@ -16,6 +16,7 @@ use crate::{
     regs::{Regs, pack, unpack},
     signal::VcpuSignal,
     tlb::{DataSet, Tlb},
+    uop::{Handler, Uop},
 };
 
 pub mod cr0 {
@@ -167,6 +168,8 @@ pub struct Cpu {
     pub mode: u8,
     /// Interrupts are held off for the next block (STI, MOV SS, POP SS).
     pub shadow: bool,
+    /// Handlers of the running block's ops while it is to be left at the next one.
+    pub suspended: Vec<(*mut Uop, Handler)>,
     /// The instruction went through a gate or SYSCALL: no single-step trap after it.
     pub transferred: bool,
     pub fault: Fault,
@@ -194,6 +197,10 @@ pub struct Cpu {
     pub id: u32,
     pub memory: GuestMemory,
     pub tlb: Tlb,
+    /// Every data access takes the slow path, which looks at alignment and data breakpoints.
+    pub inspect: bool,
+    /// Data breakpoints that the current instruction hit.
+    pub breakpoint_hits: u64,
     pub cache: BlockCache,
     pub fpu: Fpu,
     pub stubs: StubCache,
@@ -203,7 +210,7 @@ pub struct Cpu {
     pub kept_stubs: HashMap<usize, Box<Stub>>,
     pub kept_specials: Vec<Box<Special>>,
     /// Kept between decodings for its allocation.
-    pub scratch_ops: Vec<crate::uop::Uop>,
+    pub scratch_ops: Vec<Uop>,
     pub plain_msrs: MsrFile,
     /// EFER bits beyond the core's own that CPUID tells of and that mean nothing here.
     pub efer_extra: u64,
@@ -323,6 +330,12 @@ impl Cpu {
         } else {
             &raw mut space.supervisor
         };
+        let watched = (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
+        let aligned = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
+        self.inspect = watched || aligned;
+        if self.inspect {
+            self.data = self.tlb.empty();
+        }
         self.next = ptr::null();
         self.link = ptr::null_mut();
     }

@@ -58,6 +58,9 @@ impl Fault {
     }
 }
 
+/// #GP(0) for an address that is not canonical; #SS(0) where it is one in the stack segment.
+pub const NON_CANONICAL: Fault = Fault { vector: vector::GP, error: Some(0), address: 1 };
+
 /// The current instruction did not complete; [`crate::cpu::Cpu::fault`] says why. Kept empty so that a
 /// `Result<u64, Stop>` travels in registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

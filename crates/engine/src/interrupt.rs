@@ -55,6 +55,10 @@ impl Cpu {
             }
             let at = self.rip;
             if self.interrupt(first.vector, first.error, Source::Exception, at).is_ok() {
+                if first.vector == vector::DB {
+                    // The handler may touch debug registers (SDM vol. 3, 18.2.4, GD).
+                    self.debug[5] &= !(1 << 13);
+                }
                 return Ctl::Next;
             }
             self.rip = at;

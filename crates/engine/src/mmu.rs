@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     cpu::{Cpu, cr0, cr4, efer, rflags},
-    fault::{Fault, Run, page_fault, vector},
+    fault::{Fault, NON_CANONICAL, Run, page_fault, vector},
     int::Int,
     tlb::{DataSet, PAGE_MASK, index},
 };
@@ -136,6 +136,9 @@ impl Cpu {
 
     /// Reads up to 64 bytes at a linear address, across pages and from devices.
     pub fn read_bytes(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
+        if self.inspect && !system {
+            self.inspect_access(linear, out.len(), false)?;
+        }
         let first = (0x1000 - (linear & PAGE_MASK)).min(out.len() as u64) as usize;
         let (head, tail) = out.split_at_mut(first);
         if !tail.is_empty() {
@@ -161,6 +164,9 @@ impl Cpu {
 
     /// Writes up to 64 bytes at a linear address; nothing is written if any byte may not be.
     pub fn write_bytes(&mut self, linear: u64, data: &[u8], system: bool) -> Run {
+        if self.inspect && !system {
+            self.inspect_access(linear, data.len(), true)?;
+        }
         let first = (0x1000 - (linear & PAGE_MASK)).min(data.len() as u64) as usize;
         let (head, tail) = data.split_at(first);
         if !tail.is_empty() {
@@ -236,6 +242,12 @@ impl Cpu {
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
         let access = if write { Access::Write } else { Access::Read };
+        if self.inspect && len > 1 {
+            // The caller then goes through `read_bytes` and `write_bytes`, which look closer.
+            self.translate_data(linear, access, false)?;
+            self.translate_data(linear.wrapping_add(len - 1), access, false)?;
+            return Ok(None);
+        }
         let gpa = self.translate_data(linear, access, false)?;
         let last = linear.wrapping_add(len - 1);
         if last & !PAGE_MASK != linear & !PAGE_MASK {
@@ -249,10 +261,31 @@ impl Cpu {
         Ok(self.memory.host_page(gpa).map(|page| unsafe { page.add((linear & PAGE_MASK) as usize) }))
     }
 
+    /// What the TLB cannot do: alignment checks (SDM vol. 3, 7.15, #AC) and data breakpoints (18.2.4).
+    fn inspect_access(&mut self, linear: u64, len: usize, write: bool) -> Run {
+        let aligned = !len.is_power_of_two() || linear.is_multiple_of(len.min(8) as u64);
+        if !aligned && self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0 {
+            return self.raise(Fault::with(vector::AC, 0));
+        }
+        let control = self.debug[5];
+        for i in 0..4u32 {
+            let (kind, size) = (control >> (16 + i * 4) & 3, control >> (18 + i * 4) & 3);
+            if control >> (i * 2) & 3 == 0 || !(kind == 3 || (kind == 1 && write)) {
+                continue;
+            }
+            let bytes = [1, 2, 8, 4][size as usize];
+            let start = self.debug[i as usize] & !(bytes - 1);
+            if linear < start.wrapping_add(bytes) && start < linear.wrapping_add(len as u64) {
+                self.breakpoint_hits |= 1 << i;
+            }
+        }
+        Ok(())
+    }
+
     /// Guest-physical page of a data access with the current (or supervisor) privilege; fills the TLB.
     fn translate_data(&mut self, linear: u64, access: Access, system: bool) -> Run<u64> {
         if !canonical(linear) && self.code64() {
-            return self.gp(0);
+            return self.raise(NON_CANONICAL);
         }
         self.counters.tlb_misses += 1;
         let user = self.cpl == 3 && !system;
@@ -261,6 +294,7 @@ impl Cpu {
         let write = access == Access::Write;
         if let Some(host) = self.memory.host_page(found.gpa)
             && !(write && self.memory.is_watched(found.gpa))
+            && (system || !self.inspect)
         {
             let set: *mut DataSet = if system { self.system_data } else { self.data };
             // SAFETY: the sets are our own TLB's.
@@ -423,10 +457,11 @@ impl Cpu {
     }
 }
 
-/// The largest naturally aligned power of two at `gpa` that is at most `left` and 8.
+/// The largest power of two that is at most `left` and 8 and does not leave the page.
 fn piece(gpa: u64, left: usize) -> usize {
+    let whole_page = 0x1000 - (gpa & PAGE_MASK) as usize;
     let mut n = 8;
-    while n > left || !gpa.is_multiple_of(n as u64) {
+    while n > left || n > whole_page {
         n /= 2;
     }
     n

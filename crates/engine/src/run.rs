@@ -68,6 +68,8 @@ impl Cpu {
             }
             let stepping = single && self.rflags & rflags::TF != 0;
             self.transferred = false;
+            // STI and MOV SS hold interrupts off while the block behind them runs.
+            self.shadow = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
             // SAFETY: as above; a block's ops are handlers made for it.
@@ -77,6 +79,9 @@ impl Cpu {
                 let first = (*block).ops;
                 ((*first).handler)(self, first)
             };
+            if !self.suspended.is_empty() {
+                self.resume_block();
+            }
             match ctl {
                 Ctl::Next => {}
                 Ctl::Fault => {
@@ -94,8 +99,10 @@ impl Cpu {
             }
             if single {
                 self.rflags &= !rflags::RF;
-                if stepping && ctl == Ctl::Next && !self.transferred {
-                    self.debug[4] |= 1 << 14;
+                let hits = std::mem::take(&mut self.breakpoint_hits);
+                let stepped = stepping && !self.transferred;
+                if (stepped || hits != 0) && ctl == Ctl::Next {
+                    self.debug[4] = self.debug[4] & !15 | hits | u64::from(stepped) << 14;
                     self.fault = Fault::new(vector::DB);
                     if self.deliver_fault() == Ctl::Crash {
                         return Ctl::Crash;
@@ -103,12 +110,8 @@ impl Cpu {
                     self.forget_next();
                 }
             }
-            if self.signal.pending() != 0 {
-                if !self.shadow {
-                    return Ctl::Next;
-                }
-                // One more block before interrupts are looked at.
-                self.shadow = false;
+            if self.signal.pending() != 0 && !self.shadow {
+                return Ctl::Next;
             }
         }
     }
@@ -263,6 +266,35 @@ impl Cpu {
         }
     }
 
+    /// Makes the running block end behind the current instruction, so that an interrupt which that instruction
+    /// brought about is taken there: every op of the block leads out of it until [`Self::resume_block`].
+    pub fn leave_soon(&mut self) {
+        if self.block.is_null() || !self.suspended.is_empty() || self.signal.pending() == 0 {
+            return;
+        }
+        // SAFETY: the running block is alive and belongs to our own cache.
+        unsafe {
+            let block = &*self.block;
+            for i in 0..block.abortable as usize {
+                let op = block.ops.cast_mut().add(i);
+                self.suspended.push((op, (*op).handler));
+                (*op).handler = ops::abort;
+            }
+        }
+    }
+
+    #[cold]
+    fn resume_block(&mut self) {
+        for (op, handler) in std::mem::take(&mut self.suspended) {
+            // SAFETY: nothing was decoded since the block was suspended, so its ops are where they were.
+            unsafe {
+                if (*self.block).valid {
+                    (*op).handler = handler;
+                }
+            }
+        }
+    }
+
     /// What other vCPUs and devices did to code.
     fn drop_changed_code(&mut self) {
         let mail = self.mail.clone();
@@ -354,9 +386,11 @@ impl Cpu {
                 self.park_fpu();
                 self.bus().eoi(vector);
             }
+            self.leave_soon();
             return;
         }
         self.park_fpu();
         self.bus().mmio_write(gpa, data);
+        self.leave_soon();
     }
 }

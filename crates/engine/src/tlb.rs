@@ -222,13 +222,15 @@ pub struct Tlb {
     current: usize,
     clock: u64,
     pub flushes: u64,
+    /// A set that nothing is ever filled into.
+    empty: Option<Box<Space>>,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
         let mut spaces = vec![Space::boxed()];
         spaces[0].empty = false;
-        Self { spaces, current: 0, clock: 0, flushes: 0 }
+        Self { spaces, current: 0, clock: 0, flushes: 0, empty: None }
     }
 }
 
@@ -236,6 +238,11 @@ impl Tlb {
     #[inline(always)]
     pub fn space(&mut self) -> &mut Space {
         &mut self.spaces[self.current]
+    }
+
+    /// A data set without entries: every access misses.
+    pub fn empty(&mut self) -> *mut DataSet {
+        &raw mut self.empty.get_or_insert_with(Space::boxed).user
     }
 
     /// Makes `pcid`'s space current; `keep` says that what is cached of it is still valid.

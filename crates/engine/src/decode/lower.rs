@@ -4,7 +4,7 @@ use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::{BLANK, Fusable, Lowered, operand};
 use crate::{
-    cpu::{Cpu, mode},
+    cpu::{Cpu, mode, sreg},
     native::Native,
     ops::{
         alu, bits, by_size, data, flow, muldiv, native, port, stack, string,
@@ -126,6 +126,10 @@ impl Cpu {
         let mut lower = Lower { insn, op, mode: self.mode, ends: false, fusable: Fusable::No };
         let has_memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
         let expressible = !has_memory || operand::memory(&mut lower.op, insn, self.mode);
+        if !has_memory && insn.is_stack_instruction() {
+            // Faults of its accesses are the stack's.
+            lower.op.seg = sreg::SS as u8;
+        }
         if insn.is_invalid() || !expressible {
             lower.undefined();
         } else if let Some(handler) = lower.handler() {

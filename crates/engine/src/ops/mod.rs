@@ -18,7 +18,7 @@ use std::ptr;
 
 use crate::{
     cpu::{Cpu, mode, rights, sreg},
-    fault::{Fault, Run, vector},
+    fault::{Fault, NON_CANONICAL, Run, vector},
     int::Int,
     mmu::Access,
     regs::slot,
@@ -40,7 +40,12 @@ pub unsafe fn next(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 #[inline(never)]
 pub unsafe fn fault(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     // SAFETY: see the module.
-    unsafe { leave_at(cpu, op) };
+    unsafe {
+        leave_at(cpu, op);
+        if cpu.fault == NON_CANONICAL && usize::from((*op).seg) == sreg::SS {
+            cpu.fault = Fault::with(vector::SS, 0);
+        }
+    }
     Ctl::Fault
 }
 

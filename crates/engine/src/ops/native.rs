@@ -61,6 +61,9 @@ impl Cpu {
 
     fn run_stub(&mut self, stub: &Stub, op: &Uop) -> Run {
         self.check_class(stub.class)?;
+        if stub.waits && self.fpu.pending_x87_exception() {
+            return self.x87_error();
+        }
         if stub.memory.access == MemoryAccess::None {
             // SAFETY: the stub comes from our cache, which is only flushed together with all blocks.
             let done = unsafe { self.fpu.call(stub, &mut self.regs, std::ptr::null_mut()) };

@@ -31,13 +31,16 @@ impl Cpu {
     pub fn port_read(&mut self, port: u16, bytes: usize) -> u32 {
         self.counters.pio += 1;
         let mut data = [0; 4];
+        self.park_fpu();
         self.bus().pio_read(port, &mut data[..bytes]);
         u32::from_le_bytes(data)
     }
 
     pub fn port_write(&mut self, port: u16, value: u32, bytes: usize) {
         self.counters.pio += 1;
+        self.park_fpu();
         self.bus().pio_write(port, &value.to_le_bytes()[..bytes]);
+        self.leave_soon();
     }
 }
 

@@ -502,7 +502,7 @@ fn int1(cpu: &mut Cpu, op: &Uop) -> Run<After> {
 
 fn into(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     if cpu.regs.flags & crate::int::OF == 0 {
-        return Ok(After::Next);
+        return Ok(After::Leave);
     }
     software_interrupt(cpu, op, vector::OF)
 }
