@@ -45,6 +45,12 @@ impl Cpu {
     /// Runs blocks until a request is pending, the vCPU halts, or the guest crashes.
     fn run_blocks(&mut self) -> Ctl {
         loop {
+            // STI and MOV SS hold interrupts off for one instruction: it runs alone if one waits.
+            let alone = std::mem::take(&mut self.shadow) && self.signal.pending() != 0;
+            if alone {
+                self.mode |= mode::SINGLE;
+                self.forget_next();
+            }
             let mut block = self.next;
             // SAFETY: links lead to blocks of our own cache, which live until it is cleared (and all links with it).
             if block.is_null() || unsafe { !(*block).valid } {
@@ -68,8 +74,6 @@ impl Cpu {
             }
             let stepping = single && self.rflags & rflags::TF != 0;
             self.transferred = false;
-            // STI and MOV SS hold interrupts off while the block behind them runs.
-            self.shadow = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
             // SAFETY: as above; a block's ops are handlers made for it.
@@ -81,6 +85,9 @@ impl Cpu {
             };
             if !self.suspended.is_empty() {
                 self.resume_block();
+            }
+            if alone {
+                self.refresh();
             }
             match ctl {
                 Ctl::Next => {}
