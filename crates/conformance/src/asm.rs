@@ -12,7 +12,7 @@
 //! | `CATCH instruction` | expects it to fault: the runtime reports vector, error code, and RIP less the instruction's, then goes on behind it. Uses R14 and R15 (`CATCHX` in 32-bit code: ESI and EDI) |
 //! | `HANDLER vector, label` | own handler; it finds the error code (or 0) on top of the stack frame. Uses RAX |
 //! | `TO_USER` | goes on in ring 3, interrupts on, at the same code's user alias; `TO_KERNEL` comes back. Use R13 |
-//! | `WAIT_FOR operand, value` | spins until memory has the value |
+//! | `WAIT_FOR value, operand` | spins until the operand has the value |
 //! | `EOI` | ends the interrupt in service. Uses RAX |
 //!
 //! What the runtime reports for an exception: vector with the interrupted privilege level in bits 8 and 9;
@@ -87,7 +87,7 @@ macro_rules! prelude {
             int 4
             77:
         .endm
-        .macro WAIT_FOR operand, value
+        .macro WAIT_FOR value, operand:vararg
             77: pause
             cmp \operand, \value
             jne 77b

@@ -67,4 +67,21 @@ table! { $
         there_and_back, faults, fpu_and_simd_faults, device_not_available, alignment_check, syscall_sysret, io_permission, gates,
         stack_switch,
     }
+    paging {
+        sizes, accessed_and_dirty, write_protect, no_execute, reserved_bits, invlpg, global_pages, pcid, smep_smap,
+        gigabyte_pages,
+    }
+    io {
+        port_sizes, string_ports, mmio_sizes, mmio_operands,
+    }
+    interrupts {
+        self_ipi, priorities, in_service, task_priority, shadow_of_sti, nmi, message_signalled, level_triggered,
+        halt_and_wake, x2apic,
+    }
+    timers {
+        one_shot, periodic, tsc_deadline, counts_down,
+    }
+    smp {
+        start_by_sipi, atomic_counters, ipis_both_ways, broadcast, code_of_the_other, shootdown,
+    }
 }

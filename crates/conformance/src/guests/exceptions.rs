@@ -117,7 +117,7 @@ guest! {
 guest! {
     /// INT3, INT n and their RIP, behind the instruction; INT through a gate that is not there.
     exceptions breakpoints, Long,
-    Reports(&[3, 0, 1, 3, 0, 2, 4, 0, 2, 0x30, 0, 2, 11, 0x302, 0, 13, 0x802, 0]),
+    Reports(&[3, 0, 1, 3, 0, 2, 4, 0, 2, 0x30, 0, 2, 11, 0x182, 0, 13, 0x402, 0]),
     r#"
         CATCH .byte 0xcc
         CATCH .byte 0xcd, 3
@@ -243,14 +243,14 @@ guest! {
     r#"
         mov byte ptr [0x2000 + 16 * 12 + 4], 2
         mov rbx, rsp
-        mov rsp, 0x800000000000
+        mov rsp, 0x800000001000
         CATCH push rax
         mov rax, rsp
         mov rsp, rbx
         shr rax, 32
         REPORT eax
         mov byte ptr [0x2000 + 16 * 12 + 4], 0
-        mov rsp, 0x800000000000
+        mov rsp, 0x800000001000
         CATCH push rax
         mov rax, rsp
         mov rsp, rbx
