@@ -84,4 +84,12 @@ table! { $
     smp {
         start_by_sipi, atomic_counters, ipis_both_ways, broadcast, code_of_the_other, shootdown,
     }
+    code {
+        modified_by_itself, modified_ahead, across_pages, moved_pages,
+    }
+    cpu {
+        identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
+        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd, string_instructions,
+        descriptor_tables,
+    }
 }
