@@ -7,11 +7,11 @@ use std::{
 
 use vireo_cpu::{CpuError, Engine, MsiLine, MsiMessage, Vcpu, VcpuConfig, cpuid::CpuidTable};
 
-type Log = Arc<Mutex<Vec<MsiMessage>>>;
+pub type Log = Arc<Mutex<Vec<MsiMessage>>>;
 
 #[derive(Default)]
 pub struct FakeEngine {
-    sent: Log,
+    pub sent: Log,
     /// Whether [`Engine::ioeventfd`] works.
     pub short_cuts: bool,
     pub ioeventfds: Mutex<Vec<(u64, u32)>>,

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 pub use config::{BarKind, ConfigSpace, Identity};
 pub use host_bridge::{HostBridge, SavedHostBridge};
-pub use msix::{MAX_VECTORS, Msix, SavedMsix};
+pub use msix::{MAX_VECTORS, Msix, RestoreError as MsixRestoreError, SavedMsix};
 pub use ports::{ConfigPorts, SavedConfigPorts};
 pub use root::{Ecam, PciError, PciRoot, SLOTS, Windows};
 

@@ -64,8 +64,9 @@ pub struct Queue {
     next_used: u16,
     /// The used index that the driver can see.
     published_used: u16,
-    /// The used index when `needs_interrupt` last decided; `None` until then.
-    decided_used: Option<u16>,
+    /// The used index when `needs_interrupt` last decided, and whether it did since the start.
+    decided_used: u16,
+    decided: bool,
     in_flight: u16,
     /// Chains whose allocations can be used again.
     spare: Vec<DescriptorChain>,
@@ -124,7 +125,8 @@ impl Queue {
             seen_avail: state.next_avail,
             next_used: state.next_used,
             published_used: state.next_used,
-            decided_used: None,
+            decided_used: state.next_used,
+            decided: false,
             in_flight: 0,
             spare: Vec::new(),
         })
@@ -205,19 +207,20 @@ impl Queue {
     /// Call it once after a batch.
     pub fn needs_interrupt(&mut self) -> Result<bool, QueueError> {
         let new = self.published_used;
-        if self.decided_used == Some(new) {
+        if self.decided_used == new {
             return Ok(false);
         }
         // Our store of the used index must be visible before we read what the driver wants: it stores its
         // wish and then looks at the index once more.
         fence(Ordering::SeqCst);
-        let old = self.decided_used.replace(new);
+        let old = std::mem::replace(&mut self.decided_used, new);
+        let first = !std::mem::replace(&mut self.decided, true);
         if !self.event_idx {
             return Ok(self.load(self.driver, Ordering::Relaxed)? & AVAIL_NO_INTERRUPT == 0);
         }
         let event = self.load(self.driver + 4 + 2 * u64::from(self.size), Ordering::Relaxed)?;
         // After a start nothing is known about earlier interrupts, so one too many it is.
-        Ok(old.is_none_or(|old| passed(event, new, old)))
+        Ok(first || passed(event, new, old))
     }
 
     /// Asks the driver for notifications again. `true` if requests came in meanwhile: no notification will
