@@ -92,4 +92,7 @@ table! { $
         swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd, string_instructions,
         descriptor_tables,
     }
+    protected {
+        exceptions, traps_of_old, limits, call_gates, legacy_paging, pae_paging, rings_and_sysenter, virtual_8086,
+    }
 }

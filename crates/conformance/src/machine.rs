@@ -216,8 +216,17 @@ code!(runtime_protected, "runtime_protected", r#"
     popad
     add esp, 8
     iretd
-25: // back to ring 0 at EBX
-    mov eax, 0x18
+25: // from ring 3: a report of EAX, or back to ring 0 at EBX
+    test ebx, ebx
+    jnz 29f
+    mov eax, [esp + 32]
+    mov edx, 0x500
+    out dx, eax
+    pop ds
+    popad
+    add esp, 8
+    iretd
+29: mov eax, 0x18
     mov ds, eax
     mov es, eax
     mov fs, eax
