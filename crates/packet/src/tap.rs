@@ -112,6 +112,18 @@ impl Request {
     }
 }
 
+/// The kernel leaves `num_buffers` zero, which the virtio header must not be.
+fn set_num_buffers(buffers: &mut [IoSliceMut<'_>]) {
+    let mut at = virtio_header::NUM_BUFFERS;
+    for buffer in buffers {
+        if let Some(byte) = buffer.get_mut(at) {
+            *byte = 1;
+            return;
+        }
+        at -= buffer.len();
+    }
+}
+
 fn explain_device(source: io::Error) -> NetError {
     let advice = match source.kind() {
         ErrorKind::NotFound => "it does not exist; load the module with `modprobe tun`",
@@ -159,7 +171,11 @@ impl Backend for Tap {
         loop {
             match (&self.file).read_vectored(&mut pieces) {
                 Ok(length) if length > room => {}
-                Ok(length) => return Ok(Some(length)),
+                Ok(length) => {
+                    drop(pieces);
+                    set_num_buffers(buffers);
+                    return Ok(Some(length));
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),

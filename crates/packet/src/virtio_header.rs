@@ -3,6 +3,9 @@
 /// Bytes of the header.
 pub(crate) const LEN: usize = 12;
 
+/// Offset of the number of buffers that the frame is scattered over.
+pub(crate) const NUM_BUFFERS: usize = 10;
+
 /// The checksum is the pseudo header's only, and the other side completes it.
 pub(crate) const F_NEEDS_CSUM: u8 = 1;
 
@@ -32,6 +35,6 @@ impl VirtioHeader {
             out[4..6].copy_from_slice(&size.to_le_bytes());
         }
         // num_buffers: one, unless the device scatters the frame over several.
-        out[10] = 1;
+        out[NUM_BUFFERS] = 1;
     }
 }

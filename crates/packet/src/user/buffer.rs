@@ -4,7 +4,7 @@ use std::{io, ptr::NonNull};
 
 /// What all TCP buffers together may hold before new connections get the smallest ones.
 const BUDGET: usize = 64 << 20;
-const LARGEST: usize = 1 << 20;
+const LARGEST: usize = 512 << 10;
 const SMALLEST: usize = 32 << 10;
 
 /// The size of the two buffers of the next connection if those of the others hold `used` bytes: large for the first

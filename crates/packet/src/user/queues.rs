@@ -18,8 +18,8 @@ use crate::{Offloads, virtio_header};
 pub(crate) const LARGEST_FRAME: usize = virtio_header::LEN + 14 + 65535;
 const SMALLEST_FRAME: usize = virtio_header::LEN + 14;
 
-const INBOUND_FRAMES: usize = 512;
-const INBOUND_BYTES: usize = 4 << 20;
+const INBOUND_FRAMES: usize = 4096;
+const INBOUND_BYTES: usize = 8 << 20;
 /// Up to here bulk data is queued; more waits in the sockets' buffers.
 const OUTBOUND_FRAMES: usize = 256;
 const OUTBOUND_BYTES: usize = 2 << 20;

@@ -126,9 +126,10 @@ impl Stack {
 
     /// Waits for events, and collects them; does not wait if there is work.
     fn sleep(&mut self) {
-        let idle = self.inbound.is_empty() && self.queues.fall_asleep() && !(self.has_stalled() && !self.queues.wait_for_room());
+        // In this order: whoever makes room looks whether we sleep.
+        let busy = !self.inbound.is_empty() || !self.queues.fall_asleep() || (self.has_stalled() && !self.queues.wait_for_room());
         let timeout = match self.next_timer() {
-            _ if !idle => Some(Duration::ZERO),
+            _ if busy => Some(Duration::ZERO),
             Some(at) => Some(at.saturating_duration_since(Instant::now())),
             None => None,
         };

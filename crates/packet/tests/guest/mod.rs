@@ -2,6 +2,8 @@
 #![allow(unsafe_code)]
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
+pub mod private;
+
 use std::{
     io::{IoSlice, IoSliceMut},
     net::{IpAddr, SocketAddr},
@@ -14,7 +16,7 @@ use smoltcp::{
     iface::{Config, Interface, SocketHandle, SocketSet},
     phy::{self, Checksum, Device, DeviceCapabilities, Medium},
     socket::{tcp, udp},
-    wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpEndpoint},
+    wire::{EthernetAddress, HardwareAddress, IpCidr, IpEndpoint},
 };
 use vireo_packet::{Backend, MacAddress, Offloads};
 
@@ -75,24 +77,29 @@ pub fn as_a_driver_would(frame: &[u8]) -> Vec<Vec<u8>> {
         }
     }
     for frame in &mut frames {
-        // The field holds the sum of the pseudo header, of which the length was that of the whole before it was cut.
-        let (source, destination) = addresses(frame);
-        let mut packet = smoltcp::wire::TcpPacket::new_unchecked(&mut frame[start..]);
-        assert_eq!(offset, 16, "only TCP is offloaded");
-        packet.fill_checksum(&source, &destination);
+        if kind != 0 {
+            // The sum of the pseudo header had the length of the whole before it was cut.
+            let partial = pseudo_header(frame, start);
+            frame[start + offset..start + offset + 2].copy_from_slice(&partial.to_be_bytes());
+        }
+        let sum = !sum(&frame[start..]);
+        frame[start + offset..start + offset + 2].copy_from_slice(&sum.to_be_bytes());
     }
     frames
 }
 
-fn addresses(ethernet: &[u8]) -> (IpAddress, IpAddress) {
-    let packet = &ethernet[14..];
-    if packet[0] >> 4 == 4 {
-        let ip = smoltcp::wire::Ipv4Packet::new_checked(packet).unwrap();
-        (ip.src_addr().into(), ip.dst_addr().into())
-    } else {
-        let ip = smoltcp::wire::Ipv6Packet::new_checked(packet).unwrap();
-        (ip.src_addr().into(), ip.dst_addr().into())
-    }
+/// RFC 1071, the slow and obvious way.
+fn sum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let total = words.fold(0u32, |total, word| { let next = total + word; (next & 0xffff) + (next >> 16) });
+    total as u16
+}
+
+/// Of a TCP packet whose header starts there.
+fn pseudo_header(ethernet: &[u8], start: usize) -> u16 {
+    let addresses = if ethernet[14] >> 4 == 4 { &ethernet[26..34] } else { &ethernet[22..54] };
+    let length = ((ethernet.len() - start) as u32).to_be_bytes();
+    sum(&[addresses, &length, &[0, 6]].concat())
 }
 
 fn segment(whole: &[u8], headers: usize, tcp: usize, offset: usize, data: &[u8]) -> Vec<u8> {
@@ -113,6 +120,14 @@ fn segment(whole: &[u8], headers: usize, tcp: usize, offset: usize, data: &[u8])
     frame
 }
 
+fn tcp_start(ethernet: &[u8]) -> Option<usize> {
+    match (ethernet.get(12..14)?, ethernet.get(23), ethernet.get(20)) {
+        ([8, 0], Some(6), _) => Some(34),
+        ([0x86, 0xdd], _, Some(6)) => Some(54),
+        _ => None,
+    }
+}
+
 pub struct Received(Vec<u8>);
 pub struct Transmit<'a>(&'a Nic);
 
@@ -127,8 +142,12 @@ impl phy::TxToken for Transmit<'_> {
         let mut frame = vec![0; length];
         let result = f(&mut frame);
         let mut header = [0; HEADER];
-        if self.0.partial_checksums {
+        if let Some(start) = self.0.partial_checksums.then(|| tcp_start(&frame)).flatten() {
             header[0] = 1;
+            header[6..8].copy_from_slice(&(start as u16).to_le_bytes());
+            header[8] = 16;
+            let partial = pseudo_header(&frame, start);
+            frame[start + 16..start + 18].copy_from_slice(&partial.to_be_bytes());
         }
         self.0.backend.send(&[IoSlice::new(&header), IoSlice::new(&frame)]).unwrap();
         result
