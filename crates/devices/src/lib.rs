@@ -6,7 +6,9 @@ pub mod interrupt;
 pub mod ioapic;
 pub mod pci;
 pub mod power;
+pub mod rtc;
 pub mod saved;
+pub mod serial;
 pub mod virtio;
 
 #[cfg(test)]
