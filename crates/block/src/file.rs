@@ -30,10 +30,29 @@ impl DiskError {
     }
 }
 
+#[cfg(test)]
+fn copy(buffer: &GuestSlice<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; buffer.len()];
+    buffer.copy_to(&mut bytes);
+    bytes
+}
+
 #[derive(Debug)]
 pub struct HostFile {
     file: File,
     path: PathBuf,
+    /// What was done to the file, for simulating crashes.
+    #[cfg(test)]
+    pub journal: std::sync::Mutex<Vec<Change>>,
+}
+
+/// A change of the file, in the order in which the kernel got them.
+#[cfg(test)]
+#[derive(Clone, Debug)]
+pub enum Change {
+    Write(u64, Vec<u8>),
+    Zero(u64, u64),
+    Sync,
 }
 
 /// Identity of a file, for finding loops.
@@ -49,14 +68,28 @@ impl HostFile {
             let why = "it is neither a regular file nor a block device";
             return Err(OpenError::NoDisk { path: path.into(), why: why.into() });
         }
-        let this = Self { file, path: path.into() };
+        let this = Self::of(file, path);
         this.lock_patiently(!read_only)?;
         Ok(this)
     }
 
     /// A file without a name or lock, for temporary data.
     pub fn unnamed(file: File) -> Self {
-        Self { file, path: PathBuf::new() }
+        Self::of(file, Path::new(""))
+    }
+
+    fn of(file: File, path: &Path) -> Self {
+        Self {
+            file,
+            path: path.into(),
+            #[cfg(test)]
+            journal: Default::default(),
+        }
+    }
+
+    #[cfg(test)]
+    fn note(&self, change: Change) {
+        self.journal.lock().unwrap().push(change);
     }
 
     pub fn path(&self) -> &Path {
@@ -112,11 +145,16 @@ impl HostFile {
         if done < buffers::total(buffers) {
             return Err(DiskError::Io(io::ErrorKind::WriteZero.into()));
         }
+        #[cfg(test)]
+        self.note(Change::Write(offset, buffers.iter().flat_map(copy).collect()));
         Ok(())
     }
 
     pub fn write_bytes(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        self.file.write_all_at(data, offset).map_err(DiskError::of)
+        self.file.write_all_at(data, offset).map_err(DiskError::of)?;
+        #[cfg(test)]
+        self.note(Change::Write(offset, data.into()));
+        Ok(())
     }
 
     /// Calls `call` until all is done or it says 0.
@@ -159,7 +197,10 @@ impl HostFile {
     }
 
     pub fn sync(&self) -> Result<(), DiskError> {
-        self.file.sync_data().map_err(DiskError::of)
+        self.file.sync_data().map_err(DiskError::of)?;
+        #[cfg(test)]
+        self.note(Change::Sync);
+        Ok(())
     }
 
     fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
@@ -187,7 +228,11 @@ impl HostFile {
             return Ok(true);
         }
         match self.fallocate(mode, offset, len) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                #[cfg(test)]
+                self.note(Change::Zero(offset, len));
+                Ok(true)
+            }
             Err(e)
                 if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL)) =>
             {

@@ -15,6 +15,9 @@ mod l2;
 mod metadata;
 mod refcount;
 
+#[cfg(test)]
+mod tests;
+
 pub use check::{CheckReport, check};
 pub use create::create_qcow2;
 pub use disk::Qcow2;

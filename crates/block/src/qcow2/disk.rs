@@ -155,6 +155,11 @@ impl Qcow2 {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(super) fn journal(&self) -> Vec<crate::file::Change> {
+        self.file.journal.lock().unwrap().clone()
+    }
+
     fn cluster(&self) -> u64 {
         self.header.cluster_bytes()
     }

@@ -100,7 +100,7 @@ impl Refcounts {
 
     /// Clusters that one block counts.
     fn per_block(&self) -> u64 {
-        self.cluster() * 8 >> self.order
+        (self.cluster() * 8) >> self.order
     }
 
     /// Clusters before this one are not given out, whatever their refcounts say.
@@ -347,7 +347,7 @@ mod tests {
     fn refcounts_of_all_widths() {
         for order in 0..=6 {
             let mut block = vec![0; 512];
-            let per_block = 512 * 8 >> order;
+            let per_block = (512 * 8) >> order;
             let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
             for n in 0..per_block {
                 put(&mut block, order, n, n.wrapping_mul(0x9e37_79b9_7f4a_7c15) & max);
