@@ -1,7 +1,7 @@
 //! The I/O APIC (82093AA datasheet, and the EOI register of version 0x20): 24 pins to messages.
 //!
-//! Each pin owns a [`MsiLine`]. On KVM those of the IOAPIC must be its engine's first 24 lines, since only for
-//! reserved routes does the kernel report the end of level-triggered interrupts: create it before other devices.
+//! Each pin owns a [`MsiLine`] and tells it the pin's redirection entry as a message, level trigger included: that
+//! is how an engine knows for which vectors it must report the end of the interrupt.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -15,3 +15,5 @@ pub mod virtio;
 mod conformance;
 #[cfg(test)]
 mod fake_engine;
+#[cfg(test)]
+mod fake_pin;

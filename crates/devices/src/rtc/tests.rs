@@ -6,13 +6,17 @@ use std::sync::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::conformance::{self, Op, Subject};
+use crate::{
+    conformance::{self, Op, Subject},
+    fake_pin::FakePin,
+};
 
 /// 2026-02-28 23:59:58 UTC, a Saturday.
 const START: u64 = 1_772_323_198;
 
 struct Rig {
     rtc: Rtc,
+    pin: Arc<FakePin>,
     /// Milliseconds since the epoch.
     now: Arc<AtomicU64>,
 }
@@ -25,7 +29,8 @@ fn clock(now: &Arc<AtomicU64>) -> Clock {
 impl Rig {
     fn new() -> Self {
         let now = Arc::new(AtomicU64::new(START * 1000));
-        Self { rtc: Rtc::with_clock(clock(&now)), now }
+        let pin = FakePin::new();
+        Self { rtc: Rtc::with_clock(pin.line(), clock(&now)), pin, now }
     }
 
     fn get(&self, register: u8) -> u8 {
@@ -99,9 +104,63 @@ fn updates_are_announced_and_noted() {
     assert_eq!((rig.get(REGISTER_C), rig.get(REGISTER_A) & A_UPDATING), (0, 0));
     rig.pass(1);
     assert_eq!((rig.get(REGISTER_C), rig.get(REGISTER_C)), (C_UPDATE_ENDED, 0));
-    let rtc = Rtc::with_clock(Box::new(|| Duration::from_micros(999_800)));
+    let rtc = Rtc::with_clock(rig.pin.line(), Box::new(|| Duration::from_micros(999_800)));
     rtc.write_port(0, REGISTER_A);
     assert_eq!(rtc.read_port(1) & A_UPDATING, A_UPDATING);
+}
+
+#[test]
+fn alarms_match_fields_or_anything() {
+    let rig = Rig::new();
+    rig.set(SECONDS_ALARM, 0x02);
+    rig.set(MINUTES_ALARM, 0x00);
+    rig.set(HOURS_ALARM, 0xff);
+    rig.get(REGISTER_C);
+    rig.pass(3_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED, "00:00:01");
+    rig.pass(1_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED | C_ALARM);
+    rig.pass(3_599_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED);
+    rig.pass(1_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED | C_ALARM, "an hour later");
+    rig.pass(40 * 86_400_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED | C_ALARM);
+    rig.set(HOURS_ALARM, 0x25);
+    rig.pass(40 * 86_400_000);
+    assert_eq!(rig.get(REGISTER_C), C_UPDATE_ENDED, "never");
+    assert_eq!(rig.pin.edges(), 0, "not enabled");
+}
+
+#[test]
+fn interrupts_come_by_themselves() {
+    let pin = FakePin::new();
+    let rtc = Rtc::new(pin.line());
+    let set = |register, value| {
+        rtc.write_port(0, register);
+        rtc.write_port(1, value);
+    };
+    let wait = || {
+        let start = std::time::Instant::now();
+        while !pin.level() {
+            assert!(start.elapsed() < Duration::from_secs(5), "no interrupt");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        rtc.write_port(0, REGISTER_C);
+        rtc.read_port(1)
+    };
+    set(REGISTER_B, B_24_HOURS | B_UPDATE_INTERRUPT);
+    assert_eq!(wait(), C_INTERRUPT | C_UPDATE_ENDED);
+    assert!(!pin.level());
+    for register in [SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM] {
+        set(register, 0xff);
+    }
+    set(REGISTER_B, B_24_HOURS | B_ALARM_INTERRUPT);
+    assert_eq!(wait(), C_INTERRUPT | C_UPDATE_ENDED | C_ALARM);
+    set(REGISTER_B, B_24_HOURS);
+    let edges = pin.edges();
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(pin.edges(), edges, "disabled again");
 }
 
 #[test]
@@ -136,14 +195,16 @@ impl Subject for Rig {
     }
 
     fn poke(&self, op: Op) -> Vec<u8> {
-        match op.kind % 4 {
+        let mut seen = match op.kind % 4 {
             0 => vec![self.get(op.address as u8)],
             1 => {
                 self.set(op.address as u8, op.value as u8);
                 vec![]
             }
             _ => vec![self.get(op.address as u8 % 14)],
-        }
+        };
+        seen.push(self.pin.level().into());
+        seen
     }
 
     fn save(&self) -> SavedRtc {
@@ -152,8 +213,9 @@ impl Subject for Rig {
 
     fn restored(saved: SavedRtc) -> Result<Self, String> {
         let now = Arc::new(AtomicU64::new(START * 1000));
-        let rtc = Rtc::restore_with_clock(clock(&now), &saved).map_err(|error| error.to_string())?;
-        Ok(Self { rtc, now })
+        let pin = FakePin::new();
+        let rtc = Rtc::restore_with_clock(pin.line(), clock(&now), &saved).map_err(|error| error.to_string())?;
+        Ok(Self { rtc, pin, now })
     }
 }
 

@@ -1,27 +1,10 @@
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::{
     conformance::{self, Op, Subject},
-    interrupt::InterruptPins,
+    fake_pin::FakePin,
 };
-
-/// Counts the edges of one pin.
-#[derive(Default)]
-struct Pin {
-    level: AtomicBool,
-    edges: AtomicUsize,
-}
-
-impl InterruptPins for Pin {
-    fn set_pin(&self, pin: u8, level: bool) {
-        assert_eq!(pin, 4);
-        if level && !self.level.swap(level, Ordering::SeqCst) {
-            self.edges.fetch_add(1, Ordering::SeqCst);
-        }
-        self.level.store(level, Ordering::SeqCst);
-    }
-}
 
 /// Keeps what is written; blocks while `stuck`, fails if `broken`.
 #[derive(Clone, Default)]
@@ -48,15 +31,15 @@ impl Write for Sink {
 }
 
 struct Rig {
-    pin: Arc<Pin>,
+    pin: Arc<FakePin>,
     serial: Serial,
 }
 
 impl Rig {
     fn new(sink: Option<&Sink>) -> Self {
-        let pin = Arc::new(Pin::default());
+        let pin = FakePin::new();
         let output = sink.map(|sink| Box::new(sink.clone()) as Box<dyn Write + Send>);
-        Self { serial: Serial::new(InterruptLine::new(pin.clone(), 4), output).unwrap(), pin }
+        Self { serial: Serial::new(pin.line(), output).unwrap(), pin }
     }
 
     fn get(&self, offset: u16) -> u8 {
@@ -68,11 +51,11 @@ impl Rig {
     }
 
     fn level(&self) -> bool {
-        self.pin.level.load(Ordering::SeqCst)
+        self.pin.level()
     }
 
     fn edges(&self) -> usize {
-        self.pin.edges.load(Ordering::SeqCst)
+        self.pin.edges()
     }
 }
 
@@ -253,8 +236,8 @@ impl Subject for Rig {
     }
 
     fn restored(saved: SavedSerial) -> Result<Self, String> {
-        let pin = Arc::new(Pin::default());
-        let line = InterruptLine::new(pin.clone(), 4);
+        let pin = FakePin::new();
+        let line = pin.line();
         let serial = Serial::restore(line, None, saved).map_err(|error| error.to_string())?;
         Ok(Self { serial, pin })
     }
