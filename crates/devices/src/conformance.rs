@@ -4,7 +4,10 @@
 use std::fmt::Debug;
 
 use minicbor::{Decode, Encode};
-use proptest::{prelude::*, test_runner::{Config, TestRunner}};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
 
 use crate::saved::{decode, encode};
 
@@ -55,16 +58,19 @@ pub trait Subject: Sized {
 pub fn check<S: Subject>() {
     let ops = || prop::collection::vec(op(), 0..120);
     let damage = (any::<prop::sample::Index>(), any::<u8>());
-    let run = TestRunner::new(Config { failure_persistence: None, ..Config::default() }).run(&(ops(), ops(), damage), |(before, after, (at, byte))| {
-        let device = S::fresh();
-        for op in before {
-            device.poke(op);
-        }
-        let saved = device.save();
-        let bytes = encode(&saved);
-        goes_on_alike::<S>(&device, &bytes, &after)?;
-        survives_damage::<S>(bytes, at, byte, &after)
-    });
+    let run = TestRunner::new(Config { failure_persistence: None, ..Config::default() }).run(
+        &(ops(), ops(), damage),
+        |(before, after, (at, byte))| {
+            let device = S::fresh();
+            for op in before {
+                device.poke(op);
+            }
+            let saved = device.save();
+            let bytes = encode(&saved);
+            goes_on_alike::<S>(&device, &bytes, &after)?;
+            survives_damage::<S>(bytes, at, byte, &after)
+        },
+    );
     if let Err(failure) = run {
         panic!("{failure}");
     }

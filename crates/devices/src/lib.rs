@@ -17,3 +17,5 @@ mod conformance;
 mod fake_engine;
 #[cfg(test)]
 mod fake_pin;
+#[cfg(test)]
+mod tests;

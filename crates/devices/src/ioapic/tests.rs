@@ -120,10 +120,9 @@ impl Subject for Rig {
                 vec![]
             }
             4 => self.read(op.address as u8).to_le_bytes().to_vec(),
-            _ => op.access(
-                |at, data| Mmio::read(&self.ioapic, at, data),
-                |at, data| Mmio::write(&self.ioapic, at, data),
-            ),
+            _ => {
+                op.access(|at, data| Mmio::read(&self.ioapic, at, data), |at, data| Mmio::write(&self.ioapic, at, data))
+            }
         };
         for (address, data) in self.sent() {
             seen.extend(address.to_le_bytes());

@@ -49,13 +49,8 @@ pub struct ConfigSpace {
 
 impl ConfigSpace {
     pub fn new(identity: Identity) -> Self {
-        let mut space = Self {
-            bytes: [0; BYTES],
-            writable: [0; BYTES],
-            bars: Vec::new(),
-            end: HEADER_END,
-            link: CAPABILITIES,
-        };
+        let mut space =
+            Self { bytes: [0; BYTES], writable: [0; BYTES], bars: Vec::new(), end: HEADER_END, link: CAPABILITIES };
         space.put(0x00, &identity.vendor.to_le_bytes());
         space.put(0x02, &identity.device.to_le_bytes());
         space.put(0x08, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());
@@ -163,7 +158,8 @@ impl ConfigSpace {
         if saved.len() != BYTES {
             return Err(BadState::new(device, format!("a configuration space of {} bytes", saved.len())));
         }
-        let fixed = |bytes: &[u8]| bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect::<Vec<_>>();
+        let fixed =
+            |bytes: &[u8]| bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect::<Vec<_>>();
         if fixed(saved) != fixed(&self.bytes) {
             return Err(BadState::new(device, "it is of another kind of PCI function"));
         }

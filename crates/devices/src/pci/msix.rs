@@ -142,7 +142,12 @@ impl Msix {
         }
     }
 
-    pub fn restore(engine: &dyn Engine, vectors: u16, device: &'static str, saved: &SavedMsix) -> Result<Self, RestoreError> {
+    pub fn restore(
+        engine: &dyn Engine,
+        vectors: u16,
+        device: &'static str,
+        saved: &SavedMsix,
+    ) -> Result<Self, RestoreError> {
         if saved.table.len() != usize::from(vectors) * ENTRY_BYTES {
             let why = format!("{} bytes of MSI-X table for {vectors} vectors", saved.table.len());
             return Err(BadState::new(device, why).into());

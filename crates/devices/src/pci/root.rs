@@ -109,7 +109,11 @@ impl PciRoot {
                 start = other.address.saturating_add(other.bytes).next_multiple_of(bar.bytes);
             }
         }
-        if start.checked_add(bar.bytes).is_some_and(|end| end <= window.end) { Ok(start) } else { Err(PciError::NoRoom(bar.bytes)) }
+        if start.checked_add(bar.bytes).is_some_and(|end| end <= window.end) {
+            Ok(start)
+        } else {
+            Err(PciError::NoRoom(bar.bytes))
+        }
     }
 
     fn functions(&self) -> impl Iterator<Item = (u8, Function)> + use<> {

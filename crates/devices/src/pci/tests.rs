@@ -161,13 +161,15 @@ fn capabilities_form_a_list() {
 #[test]
 fn bars_are_sized_and_moved() {
     let rig = Rig::new();
-    let (low, high) = (rig.read(slot1(0x10)), u64::from(rig.read(slot1(0x18))) | u64::from(rig.read(slot1(0x1c))) << 32);
+    let (low, high) =
+        (rig.read(slot1(0x10)), u64::from(rig.read(slot1(0x18))) | u64::from(rig.read(slot1(0x1c))) << 32);
     assert_eq!((u64::from(low), high), (MMIO32.start, MMIO64.start | 4));
     assert_eq!(rig.read(MMIO32.start), u32::MAX, "not decoded yet");
     rig.write(slot1(4), 2);
     rig.write(MMIO32.start, 0x0403_0201);
     assert_eq!(rig.read(MMIO64.start + 254), 0x0403_0201, "BAR 2 is off by two");
-    let sizes: Vec<u32> = [0x10, 0x18, 0x1c, 0x14].map(|bar| (rig.write(slot1(bar), u32::MAX), rig.read(slot1(bar))).1).into();
+    let sizes: Vec<u32> =
+        [0x10, 0x18, 0x1c, 0x14].map(|bar| (rig.write(slot1(bar), u32::MAX), rig.read(slot1(bar))).1).into();
     assert_eq!(sizes, [0xffff_f000, 0xfff0_0004, u32::MAX, 0]);
     assert_eq!(rig.read(MMIO32.start), u32::MAX, "gone while sizing");
     rig.write(slot1(0x10), 0xc001_0123);
@@ -176,12 +178,10 @@ fn bars_are_sized_and_moved() {
     rig.write(slot1(0x10), 0xfec0_0000);
     assert_eq!(rig.read(0xfec0_0000), u32::MAX);
     let moves = rig.memory.moves.lock().unwrap().clone();
-    assert_eq!(moves.iter().filter(|m| m.0 == 0).map(|m| m.1).collect::<Vec<_>>(), [
-        Some(MMIO32.start),
-        None,
-        Some(0xc001_0000),
-        None
-    ]);
+    assert_eq!(
+        moves.iter().filter(|m| m.0 == 0).map(|m| m.1).collect::<Vec<_>>(),
+        [Some(MMIO32.start), None, Some(0xc001_0000), None]
+    );
 }
 
 #[test]
@@ -241,16 +241,17 @@ impl Subject for Rig {
             0 => within(ECAM, 0x40).access(read, write),
             1 => within(slot1(0), 0x40).access(read, write),
             2 => within(ECAM, 1 << 20).access(read, write),
-            3 => within(0xcf8, 8)
-                .access(|at, data| PortIo::read(&*self.ports, (at - 0xcf8) as u16, data), |at, data| {
-                    self.bus.pio_write(at as u16, data)
-                }),
+            3 => within(0xcf8, 8).access(
+                |at, data| PortIo::read(&*self.ports, (at - 0xcf8) as u16, data),
+                |at, data| self.bus.pio_write(at as u16, data),
+            ),
             4 => {
                 // a configuration access as drivers make it
                 self.bus.pio_write(0xcf8, &(0x8000_0800 | op.address as u32 & 0x7c).to_le_bytes());
-                within(0xcfc, 4).access(|at, data| self.bus.pio_read(at as u16, data), |at, data| {
-                    self.bus.pio_write(at as u16, data)
-                })
+                within(0xcfc, 4).access(
+                    |at, data| self.bus.pio_read(at as u16, data),
+                    |at, data| self.bus.pio_write(at as u16, data),
+                )
             }
             // a BAR to a place inside a window, and decoding on
             5 => {
@@ -360,7 +361,13 @@ impl Subject for Table {
             4 => msix.set_control((op.value as u16) << 12),
             _ => msix.trigger(op.address as u16 % 8),
         }
-        seen.extend(self.engine.take_sent().iter().flat_map(|m| [m.address.to_le_bytes(), u64::from(m.data).to_le_bytes()]).flatten());
+        seen.extend(
+            self.engine
+                .take_sent()
+                .iter()
+                .flat_map(|m| [m.address.to_le_bytes(), u64::from(m.data).to_le_bytes()])
+                .flatten(),
+        );
         seen
     }
 

@@ -177,9 +177,12 @@ proptest! {
         let date = Date::from_unix(seconds);
         prop_assert_eq!(date.to_unix(), Some(seconds));
         // against the C library
-        let mut tm: libc::tm = unsafe { std::mem::zeroed() };
-        // SAFETY: both pointers are to locals.
-        unsafe { libc::gmtime_r(&seconds, &mut tm) };
+        // SAFETY: all zeroes are a `tm`, and both pointers are to locals.
+        let tm = unsafe {
+            let mut tm: libc::tm = std::mem::zeroed();
+            libc::gmtime_r(&seconds, &mut tm);
+            tm
+        };
         prop_assert_eq!(
             (i64::from(tm.tm_year) + 1900, tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec, tm.tm_wday + 1),
             (date.year, date.month.into(), date.day.into(), date.hour.into(), date.minute.into(), date.second.into(), date.weekday.into())

@@ -154,8 +154,7 @@ impl VirtioPci {
         };
         let layout::Space { config, msix_at, access_at } = layout::space(device.device_type(), queues);
         let registers = Registers::new(device.features() | features::TRANSPORT, device.queue_sizes());
-        let state =
-            State { config, msix_at, access_at, device, registers, paused: false, short_cuts: Vec::new() };
+        let state = State { config, msix_at, access_at, device, registers, paused: false, short_cuts: Vec::new() };
         Ok(Self { memory, engine, shared: Arc::new(shared), state: Mutex::new(state) })
     }
 

@@ -58,8 +58,7 @@ const VENDOR: u16 = 0x1af4;
 /// Virtio 1.2, 4.1.2: device id 0x1040 and up by device type, revision at least 1.
 const FIRST_DEVICE: u16 = 0x1040;
 /// Class by device type; others are "unassigned".
-const CLASSES: [(u16, u32); 5] =
-    [(1, 0x02_00_00), (2, 0x01_80_00), (3, 0x07_80_00), (4, 0x10_80_00), (19, 0x07_80_00)];
+const CLASSES: [(u16, u32); 5] = [(1, 0x02_00_00), (2, 0x01_80_00), (3, 0x07_80_00), (4, 0x10_80_00), (19, 0x07_80_00)];
 const CLASS_UNASSIGNED: u32 = 0xff_00_00;
 
 const CAP_VENDOR: u8 = 0x09;

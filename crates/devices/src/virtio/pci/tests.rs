@@ -403,7 +403,7 @@ fn a_restored_device_goes_on_with_its_requests() {
 
     let refused: [fn(&mut SavedVirtioPci); 8] = [
         |s| s.device_type = 1,
-        |s| drop(s.queues.pop()),
+        |s| _ = s.queues.pop(),
         |s| s.driver_features |= 1 << 60,
         |s| s.queues[0].size = 7,
         |s| s.queues[0].vector = 3,
@@ -455,7 +455,7 @@ impl Subject for Rig {
             10 => {
                 self.put(ECAM + 0x10, 4, MMIO32.start);
                 self.put(ECAM + 4, 2, 6);
-                self.drive([op.address % (2 * RAM) & !3, op.value % (2 * RAM) & !3]);
+                self.drive([op.address, op.value].map(|at| (at % (2 * RAM)) & !3));
                 vec![]
             }
             _ => {

@@ -1,4 +1,7 @@
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{Ordering, fence},
+};
 
 use vireo_memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -106,6 +109,25 @@ impl Driver {
     /// Asks for an interrupt once the device has used chain number `index`.
     pub fn set_used_event(&self, index: u16) {
         self.memory.write_pod(self.driver() + 4 + 2 * u64::from(self.size), index).unwrap();
+    }
+
+    /// Whether the device wants to hear of the chains offered since `old` were (virtio 1.2, 2.7.10).
+    pub fn wants_kick(&self, old: u16) -> bool {
+        fence(Ordering::SeqCst);
+        self.next_avail.wrapping_sub(self.avail_event()).wrapping_sub(1) < self.next_avail.wrapping_sub(old)
+    }
+
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// The next finished chain, or a promise of an interrupt for it.
+    pub fn used_or_event(&mut self) -> Option<(u16, u32)> {
+        self.used().or_else(|| {
+            self.set_used_event(self.next_used);
+            fence(Ordering::SeqCst);
+            self.used()
+        })
     }
 
     pub fn avail_event(&self) -> u16 {

@@ -1,3 +1,5 @@
+use std::{sync::mpsc, thread, time::Duration};
+
 use proptest::prelude::*;
 use vireo_memory::GuestSlice;
 
@@ -304,6 +306,54 @@ fn cursors_cross_slices() {
     let mut all = [0; 8];
     Reader::new(&slices).read_exact(&mut all).unwrap();
     assert_eq!(all, [0xaa, 0xbb, 0xcc, 0xdd, 0, 0, 0, 9]);
+}
+
+/// Driver and device on two threads that sleep whenever the other's wish allows it: a lost wake-up is a time-out.
+#[test]
+fn no_wake_up_is_lost() {
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const REQUESTS: usize = 100_000;
+    let mut driver = driver(8);
+    let mut queue = queue(&driver);
+    let (kick, kicked) = mpsc::channel();
+    let (interrupt, interrupted) = mpsc::channel();
+    let device = thread::spawn(move || {
+        let mut served = 0;
+        while served < REQUESTS {
+            queue.disable_notification().unwrap();
+            while let Some(chain) = queue.pop().unwrap() {
+                queue.push(chain, 1).unwrap();
+                served += 1;
+                if served % 3 == 0 && queue.needs_interrupt().unwrap() {
+                    interrupt.send(()).unwrap();
+                }
+            }
+            if queue.needs_interrupt().unwrap() {
+                interrupt.send(()).unwrap();
+            }
+            if served < REQUESTS && !queue.enable_notification().unwrap() {
+                kicked.recv_timeout(PATIENCE).expect("a notification was lost");
+            }
+        }
+    });
+    let (mut offered, mut finished) = (0, 0);
+    while finished < REQUESTS {
+        let before = driver.next_avail();
+        // batches of different sizes
+        let most = 1 + offered % 8;
+        for _ in 0..most.min(8 - (offered - finished)).min(REQUESTS - offered) {
+            driver.offer(&[(DATA, 1, true)]);
+            offered += 1;
+        }
+        if driver.wants_kick(before) {
+            kick.send(()).unwrap();
+        }
+        match driver.used_or_event() {
+            Some(_) => finished += 1,
+            None => interrupted.recv_timeout(PATIENCE).expect("an interrupt was lost"),
+        }
+    }
+    device.join().unwrap();
 }
 
 proptest! {
