@@ -265,13 +265,12 @@ guest! {
     /// #GP(0): non-canonical addresses, unaligned SSE, unknown MSRs, reserved bits of control registers.
     exceptions general_protection, Long,
     Reports(&[
-        13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 0x77,
+        13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 0x77,
     ]),
     r#"
         mov rbx, 0x800000000000
         CATCH mov rax, [rbx]
         CATCH mov [rbx], rax
-        CATCH jmp rbx
         mov ecx, 0x12345678
         CATCH rdmsr
         CATCH wrmsr

@@ -405,7 +405,8 @@ protected_guest! {
         mov ecx, [esp + 12]
         and ecx, 0x23202
         REPORTX ecx
-        REPORTX [esp + 8]
+        mov ecx, [esp + 8]
+        REPORTX ecx
         mov ecx, [esp + 28]
         REPORTX ecx
         REPORTX eax
