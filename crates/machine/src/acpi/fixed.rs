@@ -28,6 +28,7 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::Headless)
         .preferred_pm_profile(PmProfile::EnterpriseServer);
     table.iapc_boot_arch = (VGA_NOT_PRESENT | NO_ASPM).into();
+    table.century = vireo_devices::rtc::CENTURY;
     table.reset_reg = port(RESET_PORT);
     table.reset_value = RESET_VALUE;
     table.sleep_control_reg = port(SLEEP_CONTROL_PORT);
