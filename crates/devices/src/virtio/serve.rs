@@ -10,7 +10,7 @@ use super::{
 };
 
 /// While the ring stays full: how long finished requests may wait for their interrupt, and the order to stop for us.
-const BATCH: Duration = Duration::from_micros(400);
+const BATCH: Duration = Duration::from_micros(200);
 
 /// A virtqueue with the ways to reach its driver.
 pub(super) struct Served {

@@ -150,7 +150,7 @@ fn a_full_terminal_holds_the_guest_back() {
     assert!(bench.tx.wait_used(Duration::from_millis(50)).is_none(), "but not all");
     let started = Instant::now();
     let state = bench.device.stop_queue(1).unwrap();
-    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(started.elapsed() < Duration::from_secs(5));
     // pause, snapshot, and a new device: nothing is lost or doubled
     let saved = bench.device.save();
     let mut device = Console::new("con0", None, Box::new(bench.terminal.clone()));

@@ -313,7 +313,7 @@ fn threads_stop_at_once_and_state_comes_back() {
     bench.wire.feed(frame(1000, 0));
     let started = Instant::now();
     let states: Vec<_> = (0..3).map(|i| bench.device.stop_queue(i).unwrap()).collect();
-    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(started.elapsed() < Duration::from_secs(5));
     bench.device.start_queue(0, bench.rx.resources(Some(states[0]))).unwrap();
     let buffer = bench.heap.empty(1536);
     assert_eq!(bench.rx.run(&[buffer]), 1012);

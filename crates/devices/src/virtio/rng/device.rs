@@ -9,7 +9,7 @@ use crate::virtio::{
 
 const DEVICE_TYPE: u16 = 4;
 const QUEUE_SIZES: [u16; 1] = [64];
-/// What one request gets at most; a driver that wants more asks again.
+/// What one request gets at most, a multiple of the pieces; a driver that wants more asks again.
 const MAX_BYTES: u64 = 64 << 10;
 const PIECE_BYTES: usize = 4096;
 
@@ -89,7 +89,7 @@ fn fill(chain: &DescriptorChain) -> io::Result<u32> {
     let mut writer = chain.writer();
     let mut piece = [0; PIECE_BYTES];
     while writer.remaining() > 0 && writer.position() < MAX_BYTES {
-        let len = writer.remaining().min(MAX_BYTES - writer.position()).min(PIECE_BYTES as u64) as usize;
+        let len = writer.remaining().min(PIECE_BYTES as u64) as usize;
         random(&mut piece[..len])?;
         writer.write(&piece[..len]);
     }

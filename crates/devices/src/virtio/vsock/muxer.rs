@@ -401,6 +401,12 @@ impl Muxer {
         }
     }
 
+    /// Packets and connections that wait for the guest to take something.
+    #[cfg(test)]
+    pub fn waiting(&self) -> usize {
+        self.resets.len() + self.ready.len()
+    }
+
     fn addressed(&self, header: Header) -> Header {
         Header { src_cid: HOST_CID, dst_cid: self.guest_cid, kind: STREAM, ..header }
     }
