@@ -53,6 +53,8 @@ struct Port {
 struct State {
     uart: Uart,
     line: InterruptLine,
+    /// What `line` was last told: most accesses change nothing.
+    level: Option<bool>,
     input: VecDeque<u8>,
     output: Output,
     closed: bool,
@@ -101,7 +103,7 @@ impl Serial {
     ) -> io::Result<Self> {
         let connected = output.is_some();
         let output_state = Output { connected, ..Output::default() };
-        let state = State { uart, line, input, output: output_state, closed: false };
+        let state = State { uart, line, level: None, input, output: output_state, closed: false };
         let (work, written, room) = Default::default();
         let port = Arc::new(Port { state: Mutex::new(state), work, written, room });
         port.lock().settle();
@@ -242,7 +244,10 @@ impl State {
             self.uart.receive(byte);
         }
         self.uart.set_transmitter_ready(!self.output.is_full());
-        self.line.set_level(self.uart.interrupts());
+        let level = self.uart.interrupts();
+        if self.level.replace(level) != Some(level) {
+            self.line.set_level(level);
+        }
     }
 }
 
