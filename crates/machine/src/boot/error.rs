@@ -30,7 +30,7 @@ pub enum BootError {
         source: io::Error,
     },
     #[error(
-        "{path} is no kernel that can be booted: it seems to be {found}. Give a Linux bzImage (vmlinuz) or an x86-64 ELF kernel (vmlinux)"
+        "{path} is no kernel that can be booted: it seems to be {found}. Give --kernel a Linux bzImage (vmlinuz) or an x86-64 ELF kernel (vmlinux)"
     )]
     NotAKernel { path: PathBuf, found: String },
     #[error("the {} {path} is truncated: {why}. Copy or download it again", what.name())]
