@@ -288,3 +288,61 @@ fn zeroes_in_the_middle_of_a_page() {
     assert_eq!(model::read(&*disk, 0, 4096).unwrap(), want);
     assert_eq!(fs::metadata(&path).unwrap().len(), 4096);
 }
+
+/// A host file system that is full: said so, the image stays sound, and goes on once there is room. Runs again by
+/// itself in a namespace where it may mount a small file system.
+#[test]
+fn a_full_host_is_said_so() {
+    const INSIDE: &str = "VIREO_BLOCK_TEST_SMALL_FS";
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        return fill_up(Path::new(&dir));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mount =
+        format!("mount -t tmpfs -o size=3M none {0} && exec \"$0\" --exact a_full_host_is_said_so", str(dir.path()));
+    let can = tool("unshare", &["-rm", "sh", "-c", &format!("mount -t tmpfs none {}", str(dir.path()))]);
+    if can.is_none_or(|(good, _)| !good) {
+        eprintln!("SKIPPED a_full_host_is_said_so: cannot mount in a user namespace here");
+        return;
+    }
+    let out = std::process::Command::new("unshare")
+        .args(["-rm", "sh", "-c", &mount])
+        .arg(std::env::current_exe().unwrap())
+        .env(INSIDE, dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && text.contains("1 passed"), "{text}");
+}
+
+fn fill_up(dir: &Path) {
+    let (path, ballast) = (dir.join("disk.qcow2"), dir.join("ballast"));
+    create_qcow2(&path, 64 << 20, None).unwrap();
+    fs::write(&ballast, vec![1; 1 << 20]).unwrap();
+    let disk = open(&path, RW).unwrap();
+    let mut written = 0;
+    let error = loop {
+        match model::write(&*disk, written << 16, &pattern(written, 1 << 16)) {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+        assert!(written < 64, "it never gets full");
+    };
+    assert!(matches!(error, DiskError::NoSpace), "{error:?}");
+    says(&error.to_string(), &["no space left"]);
+    // what was written is there, and once there is room it goes on
+    for n in 0..written {
+        assert!(model::read(&*disk, n << 16, 1 << 16).unwrap() == pattern(n, 1 << 16));
+    }
+    let _ = disk.flush();
+    fs::remove_file(ballast).unwrap();
+    model::write(&*disk, written << 16, &pattern(written, 1 << 16)).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let report = check(&path).unwrap();
+    assert_eq!(report.corruptions, 0, "{report:?}");
+    let disk = open(&path, RO).unwrap();
+    for n in 0..=written {
+        assert!(model::read(&*disk, n << 16, 1 << 16).unwrap() == pattern(n, 1 << 16));
+    }
+}

@@ -303,3 +303,25 @@ fn a_large_disk_grows_its_tables() {
     qemu_img(&["check", "-q", "-f", "qcow2", str(&path)]);
     qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", str(&path), str(&raw)]);
 }
+
+/// More L2 tables than are kept in memory: each strip of 512 MiB has its own.
+#[test]
+fn tables_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    create_qcow2(&path, 1 << 40, None).unwrap();
+    let disk = open_rw(&path);
+    let place = |n: u64| (n * 7 % 200) * (512 << 20) + n * 4096;
+    for n in 0..400 {
+        model::write(&*disk, place(n), &pattern(n, 4096)).unwrap();
+        if n >= 100 {
+            assert!(model::read(&*disk, place(n - 100), 4096).unwrap() == pattern(n - 100, 4096), "{n}");
+        }
+    }
+    drop(disk);
+    sound(&path);
+    let disk = open(&path, RO).unwrap();
+    for n in (0..400).rev() {
+        assert!(model::read(&*disk, place(n), 4096).unwrap() == pattern(n, 4096), "{n}");
+    }
+}
