@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
+pub mod linux;
 pub mod private;
 
 use std::{

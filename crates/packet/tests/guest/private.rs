@@ -79,3 +79,19 @@ pub fn set_mtu(name: &str, mtu: i32) {
 pub fn allow_ping_sockets() {
     fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
 }
+
+/// The default route of this namespace.
+pub fn add_default_route(gateway: Ipv4Addr) {
+    let address = |ip: Ipv4Addr| {
+        let bytes: [u8; 16] = [socket_address(ip), vec![0; 8]].concat().try_into().unwrap();
+        // SAFETY: both are 16 bytes of plain data, of the same layout.
+        unsafe { std::mem::transmute::<[u8; 16], libc::sockaddr>(bytes) }
+    };
+    // SAFETY: all-zero is a valid value of this C structure.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = address(Ipv4Addr::UNSPECIFIED);
+    route.rt_genmask = address(Ipv4Addr::UNSPECIFIED);
+    route.rt_gateway = address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    ioctl(Domain::IPV4, libc::SIOCADDRT, &mut route);
+}
