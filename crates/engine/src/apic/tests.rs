@@ -397,7 +397,7 @@ fn tsc_deadline_fires_in_time_and_never_early() {
     }
     late.sort();
     println!("TSC deadline late by ns: median {} worst {}", late[10], late[19]);
-    assert!(late[10] < 2_000_000, "median lateness {} ns", late[10]);
+    assert!(late[10] < 20_000_000, "median lateness {} ns", late[10]);
     // in the past: at once; 0: never
     apic.msr_write(MSR_TSC_DEADLINE, 1).unwrap();
     assert_eq!(signal.take(request::TIMER), request::TIMER);
@@ -410,11 +410,11 @@ fn tsc_deadline_fires_in_time_and_never_early() {
     assert_eq!(machine.got(0xec), [] as [u32; 0]);
     // moved earlier, then later
     signal.take(u32::MAX);
-    for ms in [500, 1, 20] {
+    for ms in [60_000, 1, 20] {
         apic.msr_write(MSR_TSC_DEADLINE, clock.tsc() + clock.vm().ticks_of_ns(ms * 1_000_000)).unwrap();
     }
     let took = wait(signal, request::TIMER);
-    assert!(took >= Duration::from_millis(19) && took < Duration::from_millis(400), "{took:?}");
+    assert!(took >= Duration::from_millis(19) && took < Duration::from_secs(4), "{took:?}");
 }
 
 #[test]
@@ -472,13 +472,14 @@ fn an_absurdly_short_period_does_not_hang_anything() {
     let (apic, signal) = (&machine.apics[0], &machine.signals[0]);
     let _ = apic.mmio_write(offset::LVT, 1 << 17 | 0xec);
     let _ = apic.mmio_write(offset::INITIAL_COUNT, 1);
-    let (end, mut count) = (Instant::now() + Duration::from_millis(20), 0);
-    while Instant::now() < end {
+    let (start, mut count) = (Instant::now(), 0);
+    while start.elapsed() < Duration::from_millis(20) {
         wait(signal, request::TIMER);
         apic.timer_due();
         count += machine.got(0xec).len();
     }
-    assert!((1..=1001).contains(&count), "{count} interrupts in 20 ms");
+    let most = start.elapsed().as_micros() as usize / 20 + 1;
+    assert!((1..=most).contains(&count), "{count} interrupts where {most} are the most");
 }
 
 #[test]
@@ -591,22 +592,24 @@ fn a_running_timer_goes_on_after_restore() {
     let _ = apic.mmio_write(offset::INITIAL_COUNT, 20_000_000);
     sleep(Duration::from_millis(5));
     let saved = apic.save();
+    let count = |state: &ApicState| u32::from_le_bytes(state.registers[0x390..0x394].try_into().unwrap());
+    assert!((1..=15_000_000).contains(&count(&saved)), "{} left of 20 ms after 5", count(&saved));
     let other = Machine::new(1);
     let start = Instant::now();
     other.apics[0].restore(&saved).unwrap();
     wait(&other.signals[0], request::TIMER);
-    let took = start.elapsed();
-    assert!(took > Duration::from_millis(2) && took < Duration::from_millis(16), "{took:?}");
+    assert!(start.elapsed() >= Duration::from_nanos(count(&saved).into()), "{:?}", start.elapsed());
     other.apics[0].timer_due();
     assert_eq!(other.got(0xec), [0]);
     wait(&other.signals[0], request::TIMER);
     // one that was due when it was saved fires at once
-    sleep(Duration::from_millis(30));
+    sleep(Duration::from_millis(20));
     let saved = apic.save();
-    let start = Instant::now();
+    assert_eq!(count(&saved), 1);
     other.apics[0].restore(&saved).unwrap();
     wait(&other.signals[0], request::TIMER);
-    assert!(start.elapsed() < Duration::from_millis(20));
+    other.apics[0].timer_due();
+    assert_eq!(other.got(0xec), [0]);
 }
 
 #[test]

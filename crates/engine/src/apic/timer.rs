@@ -267,15 +267,16 @@ pub(super) struct TimerState {
 }
 
 impl Timer {
-    /// A timer that is due but was not handled yet has a current count of 1: it is due at once again when restored.
+    /// A count that ran out and was not handled yet is saved as 1: it is due at once again when restored.
     pub fn save(&self) -> TimerState {
-        let (current, state) = (self.current_count(), self.state());
+        let state = self.state();
         let counting = state.due.is_some() && state.mode != mode::TSC_DEADLINE;
+        let left = u32::try_from(self.remaining(&state)).unwrap_or(u32::MAX);
         TimerState {
             mode: state.mode,
             divide: state.divide,
             initial_count: state.initial_count,
-            current_count: if counting { current.max(1) } else { 0 },
+            current_count: if counting { left.max(1) } else { 0 },
             deadline: state.deadline,
         }
     }

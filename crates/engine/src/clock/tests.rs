@@ -2,12 +2,24 @@ use std::{thread::sleep, time::Instant};
 
 use super::*;
 
+/// A reading of a clock and the moment when it was taken, the tightest of some.
+fn moment(read: impl Fn() -> u64) -> (u64, Instant) {
+    let one = || {
+        let before = Instant::now();
+        let value = read();
+        (before.elapsed(), value, before)
+    };
+    let (_, value, at) = (0..50).map(|_| one()).min_by_key(|(width, ..)| *width).unwrap();
+    (value, at)
+}
+
 #[test]
 fn the_tsc_runs_at_the_frequency_told() {
     let clock = Clock::new();
-    let (t0, start) = (clock.tsc(), Instant::now());
+    let (t0, start) = moment(|| clock.tsc());
     sleep(Duration::from_millis(50));
-    let (t1, gone) = (clock.tsc(), start.elapsed());
+    let (t1, end) = moment(|| clock.tsc());
+    let gone = end - start;
     let khz = (t1 - t0) as f64 / gone.as_nanos() as f64 * 1e6;
     let off = (khz / f64::from(clock.tsc_khz()) - 1.0).abs();
     assert!(off < 1e-3, "measured {khz} kHz, told {:?}", clock.frequency());
@@ -79,12 +91,14 @@ fn tsc_and_adjust_follow_each_other() {
 fn a_restored_clock_goes_on_at_its_own_rate() {
     let saved = ClockState { tsc: 1 << 44, tsc_khz: 1_234_567, ns: 77 * NS_PER_SECOND };
     let clock = Clock::restore(&saved);
-    let (t0, n0, start) = (clock.tsc(), clock.ns(), Instant::now());
+    let ((t0, t0_at), (n0, n0_at)) = (moment(|| clock.tsc()), moment(|| clock.ns()));
     sleep(Duration::from_millis(20));
-    let (t1, n1, gone) = (clock.tsc(), clock.ns(), start.elapsed().as_nanos() as f64);
-    assert!(t0 >= saved.tsc && t0 < saved.tsc + 1_234_567_000 && n0 >= saved.ns);
-    assert!(((t1 - t0) as f64 / gone * 1e6 / 1_234_567.0 - 1.0).abs() < 2e-3);
-    assert!(((n1 - n0) as f64 / gone - 1.0).abs() < 2e-3);
+    let ((t1, t1_at), (n1, n1_at)) = (moment(|| clock.tsc()), moment(|| clock.ns()));
+    assert!(t0 >= saved.tsc && t0 < saved.tsc + 10 * 1_234_567_000 && n0 >= saved.ns);
+    let khz = (t1 - t0) as f64 / (t1_at - t0_at).as_nanos() as f64 * 1e6;
+    assert!((khz / 1_234_567.0 - 1.0).abs() < 1e-3, "{khz}");
+    let rate = (n1 - n0) as f64 / (n1_at - n0_at).as_nanos() as f64;
+    assert!((rate - 1.0).abs() < 1e-3, "{rate}");
     assert_eq!(clock.save().tsc_khz, 1_234_567);
     assert!(clock.ticks_of_ns(1_000_000).abs_diff(1_234_567) <= 1);
     assert!(clock.ns_of_ticks(1_234_567).abs_diff(1_000_000) <= 1);
