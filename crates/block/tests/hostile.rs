@@ -88,7 +88,7 @@ fn healthy(dir: &Path) -> Vec<PathBuf> {
     create_qcow2(&plain, 2 << 20, None).unwrap();
     let disk = open(&plain, as_format(Format::Qcow2, false)).unwrap();
     for n in 0..8 {
-        model::write(&*disk, n * 200 << 10, &model::pattern(n, 70 << 10)).unwrap();
+        model::write(&*disk, (n * 200) << 10, &model::pattern(n, 70 << 10)).unwrap();
     }
     disk.write_zeroes(64 << 10, 128 << 10, false).unwrap();
     drop(disk);
