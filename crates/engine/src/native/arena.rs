@@ -100,12 +100,13 @@ impl View {
         if reserved == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let Some(start) = NonNull::new(reserved.cast::<u8>()) else { return Err(io::Error::last_os_error()) };
+        let Some(start) = NonNull::new(reserved.cast::<u8>()) else {
+            return Err(io::Error::last_os_error());
+        };
         let view = Self { reserved: start, bytes };
         // SAFETY: MAP_FIXED replaces a part of the reservation made above and nothing else.
-        let mapped = unsafe {
-            libc::mmap(view.start().cast(), bytes, protection, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0)
-        };
+        let mapped =
+            unsafe { libc::mmap(view.start().cast(), bytes, protection, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0) };
         if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(view) }
     }
 

@@ -24,7 +24,7 @@ const SF: u64 = 1 << 7;
 /// SF, ZF and PF of a byte.
 fn sign_zero_parity(al: u8) -> u64 {
     let pick = |condition: bool, flag| if condition { flag } else { 0 };
-    pick(al & 0x80 != 0, SF) | pick(al == 0, ZF) | pick(al.count_ones() % 2 == 0, PF)
+    pick(al & 0x80 != 0, SF) | pick(al == 0, ZF) | pick(al.count_ones().is_multiple_of(2), PF)
 }
 
 impl Bcd {
@@ -36,7 +36,9 @@ impl Bcd {
         let low = al & 0xf > 9 || auxiliary;
         let high = al > 0x99 || carry;
         let szp = |flags: u64, al: u8| flags & !(SF | ZF | PF) | sign_zero_parity(al);
-        let both = |flags: u64, set: bool| if set { flags | CF | AF } else { flags & !(CF | AF) };
+        let both = |flags: u64, set: bool| {
+            if set { flags | CF | AF } else { flags & !(CF | AF) }
+        };
 
         let (ax, flags) = match self {
             Self::Salc => (u16::from_le_bytes([if carry { 0xff } else { 0 }, ah]), flags),

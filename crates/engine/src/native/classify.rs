@@ -33,9 +33,10 @@ pub enum FeatureClass {
 impl FeatureClass {
     /// What an instruction's registers and encoding make it.
     pub(super) fn of(insn: &Instruction, vectors: bool, mmx: bool) -> Self {
-        let x87 = insn.cpuid_features().iter().any(|f| {
-            matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387)
-        });
+        let x87 = insn
+            .cpuid_features()
+            .iter()
+            .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387));
         match (insn.encoding() == EncodingKind::VEX, vectors, mmx) {
             _ if insn.mnemonic() == Mnemonic::Wait => Self::Wait,
             _ if x87 || insn.mnemonic() == Mnemonic::Fisttp => Self::X87,
@@ -60,10 +61,34 @@ pub(super) fn without_feature(insn: &Instruction) -> Option<Code> {
         Code::Lzcnt_r16_rm16 => Code::Bsr_r16_rm16,
         Code::Lzcnt_r32_rm32 => Code::Bsr_r32_rm32,
         Code::Lzcnt_r64_rm64 => Code::Bsr_r64_rm64,
-        // Hint space: a NOP where CET is not there.
-        Code::Endbr32 | Code::Endbr64 | Code::Rdsspd_r32 | Code::Rdsspq_r64 => Code::Nopd,
+        _ if is_hint(insn.mnemonic()) => Code::Nopd,
         _ => return None,
     })
+}
+
+/// Instructions in the space of NOPs for future use (Intel SDM vol. 2, table A-3: 0F 0D, 0F 18 to 0F 1F): without
+/// their feature they do nothing, not even an access.
+fn is_hint(mnemonic: Mnemonic) -> bool {
+    matches!(
+        mnemonic,
+        Mnemonic::Endbr32
+            | Mnemonic::Endbr64
+            | Mnemonic::Rdsspd
+            | Mnemonic::Rdsspq
+            | Mnemonic::Prefetch
+            | Mnemonic::Prefetchw
+            | Mnemonic::Prefetchwt1
+            | Mnemonic::Prefetchit0
+            | Mnemonic::Prefetchit1
+            | Mnemonic::Cldemote
+            | Mnemonic::Bndcl
+            | Mnemonic::Bndcn
+            | Mnemonic::Bndcu
+            | Mnemonic::Bndldx
+            | Mnemonic::Bndmk
+            | Mnemonic::Bndmov
+            | Mnemonic::Bndstx
+    )
 }
 
 /// Encodings that 64-bit mode lacks, and their equal that it has.

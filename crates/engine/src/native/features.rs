@@ -188,9 +188,8 @@ mod host {
             wanted.dedup();
             let most = [__cpuid(0).eax, __cpuid(0x8000_0000).eax];
             let most_of_7 = if most[0] >= 7 { __cpuid_count(7, 0).eax } else { 0 };
-            let exists = |leaf: u32, subleaf: u32| {
-                leaf <= most[(leaf >> 31) as usize] && (leaf != 7 || subleaf <= most_of_7)
-            };
+            let exists =
+                |leaf: u32, subleaf: u32| leaf <= most[(leaf >> 31) as usize] && (leaf != 7 || subleaf <= most_of_7);
             let found: Vec<_> = wanted
                 .into_iter()
                 .filter(|&(leaf, subleaf)| exists(leaf, subleaf))

@@ -9,7 +9,8 @@
 //! A guest that unmasks exceptions (in FCW or MXCSR) is run the strict way, state around every single stub.
 
 use super::{
-    Trap, guard, image::{self, FSW, FX_BYTES},
+    Trap, guard,
+    image::{self, FSW, FX_BYTES},
     stub::{Access, Stub, uses},
 };
 use crate::regs::Regs;

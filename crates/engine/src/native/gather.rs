@@ -207,9 +207,9 @@ fn set_element(register: &mut [u64; 4], i: usize, width: usize, value: u64) {
     let bit = i * width * 8;
     let mask = if width == 8 { u64::MAX } else { (1 << (width * 8)) - 1 };
     let word = &mut register[bit / 64 & 3];
-    *word = *word & !(mask << (bit % 64)) | (value & mask) << (bit % 64);
+    *word = *word & !(mask << (bit % 64)) | ((value & mask) << (bit % 64));
 }
 
 fn negative(register: &[u64; 4], i: usize, width: usize) -> bool {
-    element(register, i, width) >> (width * 8 - 1) & 1 == 1
+    (element(register, i, width) >> (width * 8 - 1)) & 1 == 1
 }

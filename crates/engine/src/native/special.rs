@@ -38,23 +38,50 @@ pub enum Special {
     MaskedMove(MaskedMove),
     MaskedBytes(MaskedBytes),
     /// VZEROUPPER, or VZEROALL.
-    ZeroVectors { all: bool },
-    Fxsave { wide: bool },
-    Fxrstor { wide: bool },
-    Xsave { kind: Xsave, wide: bool },
-    Xrstor { wide: bool },
+    ZeroVectors {
+        all: bool,
+    },
+    Fxsave {
+        wide: bool,
+    },
+    Fxrstor {
+        wide: bool,
+    },
+    Xsave {
+        kind: Xsave,
+        wide: bool,
+    },
+    Xrstor {
+        wide: bool,
+    },
     Xgetbv,
     /// FNSTENV; `wide` is a 32-bit operand size here and below.
-    StoreEnvironment { wide: bool },
-    LoadEnvironment { wide: bool },
+    StoreEnvironment {
+        wide: bool,
+    },
+    LoadEnvironment {
+        wide: bool,
+    },
     /// FNSAVE.
-    SaveX87 { wide: bool },
+    SaveX87 {
+        wide: bool,
+    },
     /// FRSTOR.
-    RestoreX87 { wide: bool },
-    Ldmxcsr { vex: bool },
-    Stmxcsr { vex: bool },
+    RestoreX87 {
+        wide: bool,
+    },
+    Ldmxcsr {
+        vex: bool,
+    },
+    Stmxcsr {
+        vex: bool,
+    },
     /// DIV and IDIV.
-    Divide { signed: bool, bits: u8, divisor: Divisor },
+    Divide {
+        signed: bool,
+        bits: u8,
+        divisor: Divisor,
+    },
     Bcd(Bcd),
 }
 
@@ -70,7 +97,10 @@ pub enum Xsave {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Divisor {
     /// General register and the bit that the operand starts at (8 for AH … BH).
-    Register { number: u8, shift: u8 },
+    Register {
+        number: u8,
+        shift: u8,
+    },
     Memory,
 }
 
@@ -149,8 +179,7 @@ impl Special {
 
     /// As [`Stub::waits`](super::Stub::waits).
     pub fn waits(&self) -> bool {
-        self.class() == FeatureClass::Mmx
-            || matches!(self, Self::LoadEnvironment { .. } | Self::RestoreX87 { .. })
+        self.class() == FeatureClass::Mmx || matches!(self, Self::LoadEnvironment { .. } | Self::RestoreX87 { .. })
     }
 
     /// What the linear address of the memory operand must be a multiple of, or `#GP(0)`.

@@ -3,8 +3,7 @@
 use std::{collections::HashMap, io};
 
 use iced_x86::{
-    Code, CodeSize, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind,
-    Register,
+    Code, CodeSize, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
 };
 
 use super::{
@@ -81,7 +80,9 @@ impl Stub {
     /// Bytes to add to the effective address for BT, BTS, BTR and BTC with a register bit offset.
     #[inline]
     pub fn bit_displacement(&self, regs: &Regs) -> i64 {
-        let Some(BitOffset { register, bits }) = self.memory.bit_offset else { return 0 };
+        let Some(BitOffset { register, bits }) = self.memory.bit_offset else {
+            return 0;
+        };
         let value = regs.gpr[register as usize & 15];
         match bits {
             16 => (value as i16 as i64 >> 4) << 1,
@@ -253,8 +254,7 @@ impl StubCache {
             class,
             waits: matches!(class, FeatureClass::X87 | FeatureClass::Wait | FeatureClass::Mmx | FeatureClass::SseMmx)
                 && !classify::is_no_wait(&insn),
-            locked: insn.has_lock_prefix()
-                || (memory_at.is_some() && insn.mnemonic() == iced_x86::Mnemonic::Xchg),
+            locked: insn.has_lock_prefix() || (memory_at.is_some() && insn.mnemonic() == iced_x86::Mnemonic::Xchg),
             fop: if class == FeatureClass::X87 { fop } else { 0 },
             uses: fpu,
         })
@@ -285,9 +285,10 @@ impl StubCache {
         }
 
         let vex = insn.encoding() == iced_x86::EncodingKind::VEX;
-        let wide = insn.op_kinds().enumerate().any(|(i, kind)| {
-            kind == OpKind::Register && insn.op_register(i as u32).is_ymm()
-        });
+        let wide = insn
+            .op_kinds()
+            .enumerate()
+            .any(|(i, kind)| kind == OpKind::Register && insn.op_register(i as u32).is_ymm());
         let saves_rbx = map.contains(&Some(emit::RBX));
         if saves_rbx {
             e.push_rbx();
@@ -360,9 +361,9 @@ fn normalise(insn: &mut Instruction, has_memory: bool) {
 
 /// The vector instructions without a vector register in iced's list of used ones.
 fn is_vector_only(insn: &Instruction) -> bool {
-    insn.op_kinds().enumerate().any(|(i, kind)| {
-        kind == OpKind::Register && insn.op_register(i as u32).is_vector_register()
-    })
+    insn.op_kinds()
+        .enumerate()
+        .any(|(i, kind)| kind == OpKind::Register && insn.op_register(i as u32).is_vector_register())
 }
 
 fn bit_offset(insn: &Instruction) -> Option<BitOffset> {
@@ -448,7 +449,8 @@ impl Used {
         let defined = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & status;
         used.flags_out = insn.rflags_modified() & status != 0;
         // Undefined flags, and those of a shift by a count that may be 0, may keep their old value.
-        used.flags_in = insn.rflags_read() & status != 0 || (used.flags_out && (defined != status || counts_by_cl(insn)));
+        used.flags_in =
+            insn.rflags_read() & status != 0 || (used.flags_out && (defined != status || counts_by_cl(insn)));
         Ok(used)
     }
 
@@ -458,9 +460,7 @@ impl Used {
 }
 
 fn counts_by_cl(insn: &Instruction) -> bool {
-    insn.op_kinds().enumerate().any(|(i, kind)| {
-        kind == OpKind::Register && insn.op_register(i as u32) == Register::CL
-    })
+    insn.op_kinds().enumerate().any(|(i, kind)| kind == OpKind::Register && insn.op_register(i as u32) == Register::CL)
 }
 
 /// Which host register stands for each guest general register that takes part. RDI and RSI are the stub's own
@@ -506,7 +506,9 @@ fn is_high_byte(register: Register) -> bool {
 
 /// The same part of the host register that stands for `register`'s.
 fn renamed(register: Register, map: &[Option<u8>; 16]) -> Register {
-    let Some(host) = map[register.full_register().number() & 15] else { return register };
+    let Some(host) = map[register.full_register().number() & 15] else {
+        return register;
+    };
     if is_high_byte(register) {
         return register;
     }
@@ -537,4 +539,3 @@ const LOW_BYTES: [Register; 16] = [
     Register::R14L,
     Register::R15L,
 ];
-

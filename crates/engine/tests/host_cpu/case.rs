@@ -1,6 +1,7 @@
 //! One instruction, the state before it, and what came of it.
 
 use iced_x86::Instruction;
+use vireo_engine::native::FeatureSet;
 
 /// Where the code of a case is, in the host's child and for every executor: a page of INT3 around it.
 pub const CODE: u64 = 0x2345_6000;
@@ -96,6 +97,8 @@ pub enum Verdict {
 
 /// Something that can execute one instruction, to be held against the host.
 pub trait Executor {
+    /// The instruction sets it says it has.
+    fn features(&self) -> FeatureSet;
     fn step(&mut self, case: &Case) -> Verdict;
     /// Flags that may differ from the host's after this case, among [`STATUS`]: the ones the manual leaves
     /// undefined and the executor computes itself.

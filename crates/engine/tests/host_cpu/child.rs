@@ -4,7 +4,10 @@
 //! the kernel loads them, the instruction runs, and INT3 behind it (or the fault it caused) comes back with the
 //! registers after it. So a case sees every register at a value of its own, the stack pointer too.
 
-use std::{io, ptr, sync::atomic::{AtomicU64, Ordering}};
+use std::{
+    io, ptr,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::case::{CODE, Case, DATA, DATA_END, Mode, Outcome, State, WINDOW, WINDOW_BYTES};
 
@@ -184,9 +187,22 @@ fn seal() -> bool {
 
 /// `gregs` index of each general register in encoding order.
 const GREGS: [i32; 16] = [
-    libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI,
-    libc::REG_RDI, libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13,
-    libc::REG_R14, libc::REG_R15,
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
 ];
 
 /// Linux' selectors for user code and data.
@@ -233,6 +249,7 @@ extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut lib
         }
         let slot = &shared.slots[next as usize];
         ptr::copy_nonoverlapping(slot.memory.as_ptr(), WINDOW as *mut u8, WINDOW_BYTES);
+        ptr::write_bytes(CODE as *mut u8, 0xcc, 4096);
         ptr::copy_nonoverlapping(slot.code.as_ptr(), slot.before.rip as *mut u8, 16);
         for (value, at) in slot.before.gpr.iter().zip(GREGS) {
             registers[at as usize] = *value as i64;

@@ -1,8 +1,8 @@
 //! Random instructions of a given `Code`, in states that let them do something.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, Instruction, MemorySize, Mnemonic, OpCodeInfo,
-    OpCodeOperandKind as Kind, OpKind, Register,
+    Code, CodeSize, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction, MemorySize,
+    Mnemonic, OpCodeInfo, OpCodeOperandKind as Kind, OpKind, Register,
 };
 use vireo_engine::native::FeatureSet;
 
@@ -31,8 +31,7 @@ pub fn codes(mode: Mode, features: &FeatureSet) -> Vec<Code> {
 }
 
 /// User-mode instructions that one step on the host says nothing about: their result is the system's or the
-/// processor's own (CPUID, segments), they leave user mode, or they are jumps, which the engine's other tests hold
-/// against small programs.
+/// processor's own (CPUID, segments), or they leave user mode or the code segment.
 fn outside(code: Code) -> bool {
     let system = matches!(
         code.mnemonic(),
@@ -73,7 +72,18 @@ fn outside(code: Code) -> bool {
     let segment = (0..op.op_count()).any(|i| {
         matches!(op.op_kind(i), Kind::seg_reg | Kind::es | Kind::cs | Kind::ss | Kind::ds | Kind::fs | Kind::gs)
     });
-    let jump = code.flow_control() != iced_x86::FlowControl::Next;
+    let jump = match code.flow_control() {
+        FlowControl::Next => false,
+        FlowControl::Interrupt | FlowControl::XbeginXabortXend => true,
+        // Far ones change segments; those of 16 bits cut the instruction pointer, or do not, by vendor.
+        _ => {
+            let name = format!("{code:?}");
+            let far =
+                code.is_jmp_far() || code.is_call_far() || code.is_jmp_far_indirect() || code.is_call_far_indirect();
+            let other = ["Retf", "Iret", "Sys", "rel16", "rm16", "rel8_16", "Retnw"];
+            far || other.iter().any(|part| name.contains(part))
+        }
+    };
     // AMD's processors read 32 bits where Intel's read 16.
     let sized = code == Code::Movsxd_r16_rm16;
     system || reserved || sized || segment || jump || code.cpuid_features().contains(&CpuidFeature::FSGSBASE)
@@ -102,7 +112,7 @@ pub fn case(code: Code, mode: Mode, random: &mut Random) -> Option<Case> {
             insn.set_has_repne_prefix(true);
         }
     }
-    let rip = CODE + 0x100 + random.below(0x80);
+    let rip = CODE + 0x100 + random.below(0x38);
     if at.is_some() {
         addressing(&mut insn, op, mode, rip, random);
     }
@@ -153,8 +163,13 @@ fn operand(
         Mode::Bits64 => Register::AL + random.below(20) as u32,
     };
     let (kind, value) = match op.op_kind(i) {
-        Kind::r8_or_mem | Kind::r16_or_mem | Kind::r32_or_mem | Kind::r64_or_mem | Kind::mm_or_mem
-        | Kind::xmm_or_mem | Kind::ymm_or_mem
+        Kind::r8_or_mem
+        | Kind::r16_or_mem
+        | Kind::r32_or_mem
+        | Kind::r64_or_mem
+        | Kind::mm_or_mem
+        | Kind::xmm_or_mem
+        | Kind::ymm_or_mem
             if memory_form =>
         {
             (OpKind::Memory, Register::None)
@@ -197,7 +212,8 @@ fn operand(
         Kind::st0 => (OpKind::Register, Register::ST0),
         Kind::sti_opcode => (OpKind::Register, Register::ST0 + (number % 8) as u32),
         Kind::imm8 => {
-            let second = (0..i).any(|j| insn.op_kind(j) == OpKind::Immediate8 || insn.op_kind(j) == OpKind::Immediate16);
+            let second =
+                (0..i).any(|j| insn.op_kind(j) == OpKind::Immediate8 || insn.op_kind(j) == OpKind::Immediate16);
             let value = random.integer() as u8;
             insn.set_op_kind(i, if second { OpKind::Immediate8_2nd } else { OpKind::Immediate8 });
             if second {
@@ -213,11 +229,14 @@ fn operand(
             return Some(());
         }
         Kind::imm8sex16 | Kind::imm8sex32 | Kind::imm8sex64 => {
-            insn.set_op_kind(i, match op.op_kind(i) {
-                Kind::imm8sex16 => OpKind::Immediate8to16,
-                Kind::imm8sex32 => OpKind::Immediate8to32,
-                _ => OpKind::Immediate8to64,
-            });
+            insn.set_op_kind(
+                i,
+                match op.op_kind(i) {
+                    Kind::imm8sex16 => OpKind::Immediate8to16,
+                    Kind::imm8sex32 => OpKind::Immediate8to32,
+                    _ => OpKind::Immediate8to64,
+                },
+            );
             insn.set_immediate8(random.integer() as u8);
             return Some(());
         }
@@ -241,9 +260,19 @@ fn operand(
             insn.set_immediate64(random.integer());
             return Some(());
         }
-        Kind::seg_rSI => (if mode == Mode::Bits64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI }, Register::None),
+        Kind::br32_1 | Kind::br32_4 | Kind::br64_1 | Kind::br64_4 => {
+            let wide = matches!(op.op_kind(i), Kind::br64_1 | Kind::br64_4);
+            insn.set_op_kind(i, if wide { OpKind::NearBranch64 } else { OpKind::NearBranch32 });
+            insn.set_near_branch64(landing(random));
+            return Some(());
+        }
+        Kind::seg_rSI => {
+            (if mode == Mode::Bits64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI }, Register::None)
+        }
         Kind::es_rDI => (if mode == Mode::Bits64 { OpKind::MemoryESRDI } else { OpKind::MemoryESEDI }, Register::None),
-        Kind::seg_rDI => (if mode == Mode::Bits64 { OpKind::MemorySegRDI } else { OpKind::MemorySegEDI }, Register::None),
+        Kind::seg_rDI => {
+            (if mode == Mode::Bits64 { OpKind::MemorySegRDI } else { OpKind::MemorySegEDI }, Register::None)
+        }
         Kind::seg_rBX_al => {
             insn.set_memory_base(if mode == Mode::Bits64 { Register::RBX } else { Register::EBX });
             insn.set_memory_index(Register::AL);
@@ -256,6 +285,11 @@ fn operand(
         insn.set_op_register(i, value);
     }
     Some(())
+}
+
+/// A place for a jump to go to: INT3, and near enough for a byte's displacement.
+fn landing(random: &mut Random) -> u64 {
+    CODE + if random.chance(50) { 0xc0 + random.below(0x40) } else { 0x148 + random.below(0x38) }
 }
 
 /// Gives a memory operand a base, an index, a scale and a displacement.
@@ -386,7 +420,12 @@ fn aim(insn: &Instruction, mode: Mode, state: &mut State, random: &mut Random) {
 }
 
 /// Operands that would nearly always fault, or say nothing, if they were left to chance.
-fn special_operands(insn: &Instruction, state: &mut State, memory: &mut [u8; WINDOW_BYTES], random: &mut Random) -> bool {
+fn special_operands(
+    insn: &Instruction,
+    state: &mut State,
+    memory: &mut [u8; WINDOW_BYTES],
+    random: &mut Random,
+) -> bool {
     let has_memory = insn.op_kinds().any(|k| k == OpKind::Memory);
     let offset = address(insn, state).wrapping_sub(WINDOW);
     let place = |bytes: u64| (offset <= WINDOW_BYTES as u64 - bytes).then_some(offset as usize);
@@ -404,7 +443,8 @@ fn special_operands(insn: &Instruction, state: &mut State, memory: &mut [u8; WIN
         }
         Mnemonic::Div | Mnemonic::Idiv if random.chance(80) => {
             let (rax, rdx) = (state.gpr[0], state.gpr[2]);
-            let involved = |n: usize| has_memory && (number(insn.memory_base()) == n || number(insn.memory_index()) == n);
+            let involved =
+                |n: usize| has_memory && (number(insn.memory_base()) == n || number(insn.memory_index()) == n);
             if !involved(2) {
                 state.gpr[2] = match (insn.mnemonic(), random.chance(30)) {
                     (_, true) => rdx & 0xf,
@@ -444,9 +484,18 @@ fn special_operands(insn: &Instruction, state: &mut State, memory: &mut [u8; WIN
                 }
             }
         }
-        Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 | Mnemonic::Xsavec
-        | Mnemonic::Xsavec64 | Mnemonic::Xrstor | Mnemonic::Xrstor64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64
-        | Mnemonic::Fxsave | Mnemonic::Fxsave64 => {
+        Mnemonic::Xsave
+        | Mnemonic::Xsave64
+        | Mnemonic::Xsaveopt
+        | Mnemonic::Xsaveopt64
+        | Mnemonic::Xsavec
+        | Mnemonic::Xsavec64
+        | Mnemonic::Xrstor
+        | Mnemonic::Xrstor64
+        | Mnemonic::Fxrstor
+        | Mnemonic::Fxrstor64
+        | Mnemonic::Fxsave
+        | Mnemonic::Fxsave64 => {
             return image_operand(insn, state, memory, random);
         }
         Mnemonic::Fldcw | Mnemonic::Fldenv | Mnemonic::Frstor if random.chance(70) => {
@@ -454,6 +503,24 @@ fn special_operands(insn: &Instruction, state: &mut State, memory: &mut [u8; WIN
                 memory[at] |= 0x3f;
             }
         }
+        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne | Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz
+            if random.chance(60) =>
+        {
+            state.gpr[1] = random.below(3);
+        }
+        _ => {}
+    }
+    let target = landing(random);
+    let wide = if insn.code_size() == CodeSize::Code64 { 8 } else { 4 };
+    let mut store = |at: u64, bytes: usize| {
+        if let Some(slot) = memory.get_mut(at as usize..).and_then(|m| m.get_mut(..bytes)) {
+            slot.copy_from_slice(&target.to_le_bytes()[..bytes]);
+        }
+    };
+    match insn.flow_control() {
+        FlowControl::Return => store(state.gpr[4].wrapping_sub(WINDOW), wide),
+        FlowControl::IndirectBranch | FlowControl::IndirectCall if has_memory => store(offset, wide),
+        FlowControl::IndirectBranch | FlowControl::IndirectCall => state.gpr[number(insn.op0_register())] = target,
         _ => {}
     }
     true
@@ -461,9 +528,11 @@ fn special_operands(insn: &Instruction, state: &mut State, memory: &mut [u8; WIN
 
 /// The memory operand's effective address in this state.
 pub fn address(insn: &Instruction, state: &State) -> u64 {
-    insn.virtual_address((0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).unwrap_or(0), 0, |r, _, _| {
-        Some(if r.is_segment_register() { 0 } else { state.gpr[number(r)] & mask(r) })
-    })
+    insn.virtual_address(
+        (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).unwrap_or(0),
+        0,
+        |r, _, _| Some(if r.is_segment_register() { 0 } else { state.gpr[number(r)] & mask(r) }),
+    )
     .unwrap_or(0)
 }
 
@@ -498,7 +567,9 @@ fn image_operand(insn: &Instruction, state: &mut State, memory: &mut [u8; WINDOW
         let keep = if base.size() == 4 { state.gpr[number(base)] & !0xffff_ffff } else { 0 };
         state.gpr[number(base)] = moved & mask(base) | keep;
     }
-    let Some(image) = memory.get_mut(at..at.wrapping_add(832)) else { return true };
+    let Some(image) = memory.get_mut(at..at.wrapping_add(832)) else {
+        return true;
+    };
     let fx = random_fx(random);
     image[..512].copy_from_slice(&fx);
     image[512..576].fill(0);

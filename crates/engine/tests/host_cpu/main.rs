@@ -2,7 +2,8 @@
 //!
 //! For every user-mode instruction that CPUID advertises, random instructions run in random states both on the host,
 //! in a sandboxed child, and in an executor of ours; registers, flags, vectors, x87 state and memory must be the
-//! same afterwards. `VIREO_HOST_CPU_CASES` (cases for each of iced's codes, default 60) makes the run longer,
+//! same afterwards. `VIREO_HOST_CPU_CASES` (cases for each of iced's codes, default 30 for
+//! stubs and 10 for the whole engine) makes the run longer,
 //! `VIREO_HOST_CPU_SEED` another one, `VIREO_HOST_CPU_ONLY` takes a substring of the codes to run.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #![allow(unsafe_code)]
@@ -11,6 +12,7 @@ mod case;
 mod child;
 mod compare;
 mod generate;
+mod interpreter;
 mod random;
 mod stubs;
 
@@ -35,13 +37,13 @@ struct Report {
     differences: Vec<String>,
 }
 
-fn hold_against_host(mode: Mode, executor: &mut dyn Executor) -> Report {
-    let per_code = setting("VIREO_HOST_CPU_CASES", 60);
+fn hold_against_host(mode: Mode, executor: &mut dyn Executor, cases: u64) -> Report {
+    let per_code = setting("VIREO_HOST_CPU_CASES", cases);
     let seed = setting("VIREO_HOST_CPU_SEED", 1);
     let only = std::env::var("VIREO_HOST_CPU_ONLY").unwrap_or_default();
     let mut host = Host::new().expect("shared memory for the child");
     let mut report = Report::default();
-    let codes = generate::codes(mode, &FeatureSet::host());
+    let codes = generate::codes(mode, &executor.features());
     let mut batch: Vec<(Code, Case)> = Vec::new();
     for code in codes.iter().filter(|c| format!("{c:?}").contains(&only)) {
         let mut random = Random(seed.wrapping_mul(0x1000_0000_01b3) ^ (*code as u64) << 32);
@@ -108,20 +110,42 @@ impl Report {
     }
 }
 
+impl Report {
+    /// Fails the test where anything differs, or where too little was looked at.
+    fn judge(&self, title: &str, at_least: usize) {
+        self.print(title);
+        for difference in self.differences.iter().take(setting("VIREO_HOST_CPU_SHOW", 30) as usize) {
+            println!("  {difference}");
+        }
+        assert!(self.killed.is_empty(), "the child died of an instruction");
+        assert!(self.differences.is_empty(), "{} cases differ from the host", self.differences.len());
+        if std::env::var_os("VIREO_HOST_CPU_ONLY").is_none() {
+            assert!(self.compared.len() >= at_least, "only {} codes were compared", self.compared.len());
+        }
+    }
+}
+
 fn stubs_against_host(mode: Mode, title: &str, at_least: usize) {
     let mut stubs = stubs::Stubs::new(FeatureSet::host()).expect("executable memory");
-    let report = hold_against_host(mode, &mut stubs);
-    report.print(title);
+    let report = hold_against_host(mode, &mut stubs, 30);
+    report.judge(title, at_least);
     println!("  {} stubs, {} bytes", stubs.size().0, stubs.size().1);
-    let shown = setting("VIREO_HOST_CPU_SHOW", 30) as usize;
-    for difference in report.differences.iter().take(shown) {
-        println!("  {difference}");
-    }
-    assert!(report.killed.is_empty(), "the child died of an instruction");
-    assert!(report.differences.is_empty(), "{} cases differ from the host", report.differences.len());
-    if std::env::var_os("VIREO_HOST_CPU_ONLY").is_none() {
-        assert!(report.compared.len() >= at_least, "only {} codes were compared", report.compared.len());
-    }
+}
+
+fn engine_against_host(mode: Mode, title: &str, at_least: usize) {
+    let mut interpreter = interpreter::Interpreter::new().expect("a virtual machine");
+    let report = hold_against_host(mode, &mut interpreter, 10);
+    report.judge(title, at_least);
+}
+
+#[test]
+fn engine_in_64_bit_mode() {
+    engine_against_host(Mode::Bits64, "the engine in 64-bit mode", 1850);
+}
+
+#[test]
+fn engine_in_32_bit_mode() {
+    engine_against_host(Mode::Bits32, "the engine in 32-bit mode", 1650);
 }
 
 #[test]

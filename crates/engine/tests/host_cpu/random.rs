@@ -38,8 +38,18 @@ impl Random {
 
     pub fn float32(&mut self) -> u32 {
         const SPECIAL: [u32; 12] = [
-            0, 0x3f80_0000, 0x7f80_0000, 0x7fc0_0000, 0x7f80_0001, 0x7f7f_ffff, 0x0080_0000, 0x0000_0001,
-            0x007f_ffff, 0x4f00_0000, 0x4b00_0001, 0x3f00_0000,
+            0,
+            0x3f80_0000,
+            0x7f80_0000,
+            0x7fc0_0000,
+            0x7f80_0001,
+            0x7f7f_ffff,
+            0x0080_0000,
+            0x0000_0001,
+            0x007f_ffff,
+            0x4f00_0000,
+            0x4b00_0001,
+            0x3f00_0000,
         ];
         let sign = (self.next() as u32) & 0x8000_0000;
         match self.below(3) {
@@ -51,9 +61,18 @@ impl Random {
 
     pub fn float64(&mut self) -> u64 {
         const SPECIAL: [u64; 12] = [
-            0, 0x3ff0_0000_0000_0000, 0x7ff0_0000_0000_0000, 0x7ff8_0000_0000_0000, 0x7ff0_0000_0000_0001,
-            0x7fef_ffff_ffff_ffff, 0x0010_0000_0000_0000, 1, 0x000f_ffff_ffff_ffff, 0x41e0_0000_0000_0000,
-            0x43e0_0000_0000_0000, 0x3fe0_0000_0000_0000,
+            0,
+            0x3ff0_0000_0000_0000,
+            0x7ff0_0000_0000_0000,
+            0x7ff8_0000_0000_0000,
+            0x7ff0_0000_0000_0001,
+            0x7fef_ffff_ffff_ffff,
+            0x0010_0000_0000_0000,
+            1,
+            0x000f_ffff_ffff_ffff,
+            0x41e0_0000_0000_0000,
+            0x43e0_0000_0000_0000,
+            0x3fe0_0000_0000_0000,
         ];
         let sign = self.next() & 1 << 63;
         match self.below(3) {

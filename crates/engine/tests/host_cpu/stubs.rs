@@ -1,6 +1,6 @@
 //! The native stubs as an executor: what the interpreter core does around them, in the smallest form.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, Register};
 use vireo_engine::{
     native::{Access, Context, FeatureSet, Fpu, GuestAccess, Native, StubCache, Trap, Unsupported},
     regs::{Regs, pack, unpack},
@@ -26,6 +26,20 @@ impl Stubs {
     /// Stubs, and bytes of code.
     pub fn size(&self) -> (usize, usize) {
         self.cache.size()
+    }
+
+    /// Brings the state into the host's registers, as earlier instructions of the guest would have: FNOP and
+    /// CVTDQ2PD XMM0, XMM0, which raises nothing.
+    fn warm(&mut self, regs: &mut Regs, fpu: &mut Fpu) {
+        let vectors = regs.ymm;
+        for bytes in [&[0xd9, 0xd0][..], &[0xf3, 0x0f, 0xe6, 0xc0]] {
+            let insn = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+            if let Ok(Native::Stub(stub)) = self.cache.get(&insn) {
+                // SAFETY: no memory operand, and the stub is of this cache's present generation.
+                let _ = unsafe { fpu.call(&stub, regs, std::ptr::null_mut()) };
+            }
+        }
+        regs.ymm = vectors;
     }
 
     fn window(&mut self) -> &mut [u8] {
@@ -69,6 +83,10 @@ impl GuestAccess for Window<'_> {
 pub const MEMORY_FAULT: u8 = 0xfe;
 
 impl Executor for Stubs {
+    fn features(&self) -> FeatureSet {
+        *self.cache.features()
+    }
+
     fn step(&mut self, case: &Case) -> Verdict {
         self.step += 1;
         let native = match self.cache.get(&case.instruction) {
@@ -86,12 +104,15 @@ impl Executor for Stubs {
         if load(&case.state, &mut regs, &mut fpu).is_err() {
             return Verdict::Skipped("state not loadable");
         }
+        if self.step.is_multiple_of(3) {
+            self.warm(&mut regs, &mut fpu);
+        }
         let result = match native {
             Native::Stub(stub) => {
                 let mut address = effective_address(&case.instruction, &regs);
                 address = address.wrapping_add(stub.bit_displacement(&regs) as u64) & address_mask(&case.instruction);
                 let bytes = usize::from(stub.memory.bytes);
-                let bounce = self.step % 2 == 0;
+                let bounce = self.step.is_multiple_of(2);
                 let mut window = Window(&mut self.memory.0);
                 let fits = window.range(address, bytes).map(|r| r.as_mut_ptr());
                 if fpu.pending_x87_exception() && stub.waits {
@@ -99,7 +120,7 @@ impl Executor for Stubs {
                 } else if stub.memory.access == Access::None {
                     // SAFETY: no memory operand, and the stub is of this cache's present generation.
                     unsafe { fpu.call(&stub, &mut regs, std::ptr::null_mut()) }.map_err(vector)
-                } else if address % u64::from(stub.memory.alignment) != 0 {
+                } else if !address.is_multiple_of(u64::from(stub.memory.alignment)) {
                     Err(13)
                 } else if let Ok(target) = fits {
                     let through = if bounce { regs.bounce.as_mut_ptr().cast::<u8>() } else { target };
@@ -125,7 +146,7 @@ impl Executor for Stubs {
                 let mut window = Window(&mut self.memory.0);
                 if fpu.pending_x87_exception() && special.waits() {
                     Err(16)
-                } else if address % u64::from(special.alignment()) != 0 {
+                } else if !address.is_multiple_of(u64::from(special.alignment())) {
                     Err(13)
                 } else {
                     special.execute(&mut fpu, &mut regs, &context, &mut window, address).map_err(vector)
@@ -190,11 +211,11 @@ fn address_mask(insn: &Instruction) -> u64 {
 /// The memory operand's effective address; for gathers without the index.
 fn effective_address(insn: &Instruction, regs: &Regs) -> u64 {
     let memory = |k: OpKind| matches!(k, OpKind::Memory | OpKind::MemorySegRDI | OpKind::MemorySegEDI);
-    let Some(at) = (0..insn.op_count()).find(|&i| memory(insn.op_kind(i))) else { return 0 };
-    insn.virtual_address(at, 0, |r, _, _| {
-        Some(if r.is_vector_register() { 0 } else { register_value(r, regs) })
-    })
-    .unwrap_or(0)
+    let Some(at) = (0..insn.op_count()).find(|&i| memory(insn.op_kind(i))) else {
+        return 0;
+    };
+    insn.virtual_address(at, 0, |r, _, _| Some(if r.is_vector_register() { 0 } else { register_value(r, regs) }))
+        .unwrap_or(0)
 }
 
 /// The state as a vCPU's; also an exercise of the image functions.

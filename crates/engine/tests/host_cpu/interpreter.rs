@@ -1,0 +1,269 @@
+//! The whole software engine as an executor: through the CPU seam, as a virtual machine of one user-mode page.
+//!
+//! Every exception vector has a handler at privilege 0 that tells its number to a port; the bus then kicks the
+//! vCPU out. What the instruction left behind is in the state and on the handler's stack.
+
+use std::{
+    error::Error,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use iced_x86::{Code, Mnemonic, RflagsBits};
+use vireo_cpu::{Bus, CpuState, DescriptorTable, Engine, Exit, Kick, Segment, Vcpu, VcpuConfig};
+use vireo_engine::{SoftEngine, native::FeatureSet};
+use vireo_memory::GuestMemory;
+
+use super::case::{CODE, Case, DATA, Executor, Mode, Outcome, State, Verdict, WINDOW_BYTES};
+
+pub struct Interpreter {
+    memory: GuestMemory,
+    vcpu: Box<dyn Vcpu>,
+    bus: Arc<Vectors>,
+    start: CpuState,
+    features: FeatureSet,
+    _engine: Arc<SoftEngine>,
+}
+
+/// Hears which vector was taken.
+struct Vectors {
+    taken: AtomicU32,
+    kick: OnceLock<Arc<dyn Kick>>,
+}
+
+impl Bus for Vectors {
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, port: u16, _: &[u8]) {
+        // Later ones are of the handler that has not been stopped yet.
+        let _ = self.taken.compare_exchange(NONE, port.into(), Ordering::SeqCst, Ordering::SeqCst);
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
+    }
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn eoi(&self, _: u8) {}
+}
+
+const NONE: u32 = u32::MAX;
+
+// Guest-physical addresses. The data pages are swapped, so that crossing from one into the other is no accident.
+const GDT: u64 = 0x1000;
+const IDT: u64 = 0x2000;
+const TSS: u64 = 0x3000;
+const HANDLERS: u64 = 0x4000;
+const TABLES: u64 = 0x1_0000;
+const STACK_END: u64 = 0x2_1000;
+const CODE_AT: u64 = 0x3_0000;
+const DATA_AT: [u64; 2] = [0x3_4000, 0x3_2000];
+
+impl Interpreter {
+    pub fn new() -> Result<Self, Box<dyn Error>> {
+        let memory = GuestMemory::new(2 << 20, 0xc000_0000)?;
+        lay_out(&memory)?;
+        let engine = SoftEngine::new(&memory)?;
+        let cpuid = engine.supported_cpuid()?;
+        let features = FeatureSet::from_cpuid(&cpuid);
+        let vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid })?;
+        let bus = Arc::new(Vectors { taken: AtomicU32::new(NONE), kick: OnceLock::new() });
+        let _ = bus.kick.set(vcpu.kicker());
+        Ok(Self { memory, vcpu, bus, start: user_state(), features, _engine: engine })
+    }
+
+    fn run(&mut self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
+        let mut code = [0xcc; 0x1000];
+        let at = (case.state.rip - CODE) as usize;
+        code[at..at + case.code.len()].copy_from_slice(&case.code);
+        self.memory.write(CODE_AT, &code)?;
+        for (page, gpa) in case.memory.chunks(0x1000).zip(DATA_AT) {
+            self.memory.write(gpa, page)?;
+        }
+        self.bus.taken.store(NONE, Ordering::SeqCst);
+        self.vcpu.set_state(&self.state(case))?;
+        while self.bus.taken.load(Ordering::SeqCst) == NONE {
+            match self.vcpu.run(&*self.bus)? {
+                Exit::Kicked => {}
+                Exit::Crash(info) => return Err(format!("the guest crashed: {info:?}").into()),
+            }
+        }
+        self.outcome(case)
+    }
+
+    fn state(&self, case: &Case) -> CpuState {
+        let mut state = self.start.clone();
+        state.gpr = case.state.gpr;
+        state.rip = case.state.rip;
+        state.rflags = case.state.rflags;
+        let (selector, rights) = if case.mode == Mode::Bits64 { (0x23, 0xa0fb) } else { (0x2b, 0xc0fb) };
+        state.segments[1] = Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false };
+        state.xsave = vec![0; 832];
+        state.xsave[..416].copy_from_slice(&case.state.fx[..416]);
+        state.xsave[512] = 7;
+        for (i, upper) in case.state.upper.iter().enumerate() {
+            state.xsave[576 + i * 16..][..8].copy_from_slice(&upper[0].to_le_bytes());
+            state.xsave[584 + i * 16..][..8].copy_from_slice(&upper[1].to_le_bytes());
+        }
+        state
+    }
+
+    fn outcome(&self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
+        let vector = self.bus.taken.load(Ordering::SeqCst) as u8;
+        let state = self.vcpu.state()?;
+        let frame = state.gpr[4] + if matches!(vector, 8 | 10..=14 | 17 | 21) { 8 } else { 0 };
+        let word = |i: u64| -> Result<u64, Box<dyn Error>> {
+            let mut bytes = [0; 8];
+            self.memory.read(frame + i * 8, &mut bytes)?;
+            Ok(u64::from_le_bytes(bytes))
+        };
+        let mut after = State { gpr: state.gpr, rip: word(0)?, rflags: word(2)?, ..case.state };
+        after.gpr[4] = word(3)?;
+        after.rip -= u64::from(vector == 3);
+        after.fx.copy_from_slice(&state.xsave[..512]);
+        for (i, upper) in after.upper.iter_mut().enumerate() {
+            let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|b| state.xsave[at + b]));
+            *upper = [word(576 + i * 16), word(584 + i * 16)];
+        }
+        let mut memory = Box::new([0; WINDOW_BYTES]);
+        for (page, gpa) in memory.chunks_mut(0x1000).zip(DATA_AT) {
+            self.memory.read(gpa, page)?;
+        }
+        Ok(Outcome { vector: (vector != 3).then_some(vector), state: after, memory })
+    }
+}
+
+impl Executor for Interpreter {
+    fn features(&self) -> FeatureSet {
+        self.features
+    }
+
+    fn step(&mut self, case: &Case) -> Verdict {
+        if undefined_result(case) {
+            return Verdict::Skipped("result undefined");
+        }
+        Verdict::Ran(Box::new(self.run(case).expect("the virtual machine")))
+    }
+
+    fn undefined_flags(&self, case: &Case) -> u64 {
+        let insn = &case.instruction;
+        let stated = insn.rflags_undefined();
+        let flags = [
+            (RflagsBits::OF, 0x800),
+            (RflagsBits::SF, 0x80),
+            (RflagsBits::ZF, 0x40),
+            (RflagsBits::AF, 0x10),
+            (RflagsBits::CF, 0x01),
+            (RflagsBits::PF, 0x04),
+        ];
+        let stated = flags.iter().fold(0, |all, (iced, bit)| all | if stated & iced != 0 { *bit } else { 0 });
+        stated | shift_flags(case)
+    }
+}
+
+/// The count of a shift or rotate, as the processor masks it.
+fn count(case: &Case) -> Option<(u32, u32)> {
+    use Mnemonic as M;
+    let insn = &case.instruction;
+    if !matches!(
+        insn.mnemonic(),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    ) {
+        return None;
+    }
+    let last = insn.op_count() - 1;
+    let count = insn.try_immediate(last).map_or(case.state.gpr[1] as u32, |i| i as u32) & 0xff;
+    let bits = match insn.op0_register().size() {
+        0 => insn.memory_size().size() as u32 * 8,
+        bytes => bytes as u32 * 8,
+    };
+    Some((count & if bits == 64 { 63 } else { 31 }, bits))
+}
+
+/// Intel SDM vol. 2, SAL/SAR/SHL/SHR: "The OF flag is affected only for 1-bit shifts", AF is undefined for a non-zero
+/// count, CF where the count reaches the size; RCL/RCR/ROL/ROR: OF "is undefined" for other counts than 1; SHLD,
+/// SHRD likewise.
+fn shift_flags(case: &Case) -> u64 {
+    use Mnemonic as M;
+    let Some((count, bits)) = count(case) else {
+        return 0;
+    };
+    let rotate = matches!(case.instruction.mnemonic(), M::Rol | M::Ror | M::Rcl | M::Rcr);
+    match (count, rotate) {
+        (0, _) => 0,
+        (1, true) => 0,
+        (_, true) => 0x800,
+        (1, false) => 0x10,
+        (n, false) => 0x810 | u64::from(n >= bits),
+    }
+}
+
+/// SHLD and SHRD: "If the count is greater than the operand size, the result is undefined".
+fn undefined_result(case: &Case) -> bool {
+    let double = matches!(case.instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd);
+    // An exchange of the opcode's own making: processors differ in what 66 does to these.
+    let vendor = matches!(case.instruction.code(), Code::Movsxd_r16_rm16);
+    vendor || (double && count(case).is_some_and(|(count, bits)| count > bits))
+}
+
+fn user_state() -> CpuState {
+    let data = Segment { selector: 0x1b, base: 0, limit: u32::MAX, rights: 0xc0f3, unusable: false };
+    let mut state = CpuState::reset();
+    state.segments = [data; 6];
+    state.tr = Segment { selector: 0x30, base: TSS, limit: 0x67, rights: 0x8b, unusable: false };
+    state.ldtr = Segment { unusable: true, ..Segment::default() };
+    state.gdtr = DescriptorTable { base: GDT, limit: 0x3f };
+    state.idtr = DescriptorTable { base: IDT, limit: 0xfff };
+    state.cr0 = 0x8001_0033;
+    state.cr3 = TABLES;
+    // PAE, OSFXSR, OSXMMEXCPT and OSXSAVE.
+    state.cr4 = 0x4_0620;
+    state.efer = 0xd01;
+    state.xcr0 = 7;
+    state
+}
+
+fn lay_out(memory: &GuestMemory) -> Result<(), Box<dyn Error>> {
+    let put = |gpa: u64, value: u64| memory.write(gpa, &value.to_le_bytes());
+    let segments: [u64; 8] = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+        0x00cf_fb00_0000_ffff,
+        0x0000_8b00_0000_0067 | TSS << 16,
+        0,
+    ];
+    for (i, descriptor) in segments.into_iter().enumerate() {
+        put(GDT + i as u64 * 8, descriptor)?;
+    }
+    memory.write(TSS + 4, &STACK_END.to_le_bytes())?;
+    for vector in 0..256u64 {
+        let handler = HANDLERS + vector * 16;
+        let rights = if vector == 3 { 0xee } else { 0x8e };
+        put(IDT + vector * 16, handler & 0xffff | 8 << 16 | rights << 40 | (handler >> 16 & 0xffff) << 48)?;
+        put(IDT + vector * 16 + 8, 0)?;
+        // out vector, al; jmp $
+        memory.write(handler, &[0xe6, vector as u8, 0xeb, 0xfe])?;
+    }
+    // Four levels; the first 2 MiB as they are for privilege 0, then the code and data pages for user mode.
+    const USER: u64 = 7;
+    let table = |i: u64| TABLES + i * 0x1000;
+    let entry = |table: u64, linear: u64, level: u64| table + (linear >> (12 + 9 * level) & 0x1ff) * 8;
+    put(entry(table(0), 0, 3), table(1) | USER)?;
+    put(entry(table(1), CODE, 2), table(2) | USER)?;
+    put(entry(table(1), DATA, 2), table(3) | USER)?;
+    put(entry(table(2), 0, 1), 0x83)?;
+    put(entry(table(2), CODE, 1), table(4) | USER)?;
+    put(entry(table(3), DATA, 1), table(5) | USER)?;
+    put(entry(table(4), CODE, 0), CODE_AT | USER)?;
+    for (i, gpa) in DATA_AT.into_iter().enumerate() {
+        put(entry(table(5), DATA + i as u64 * 0x1000, 0), gpa | USER)?;
+    }
+    Ok(())
+}
