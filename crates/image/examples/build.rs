@@ -1,6 +1,7 @@
 //! Builds a Debian image: `cargo run -p vireo-image --example build -- [SUITE] [PACKAGE]…`.
 //!
-//! `VIREO_STATE` names the state directory, `VIREO_DEBIAN_MIRROR` an archive instead of the host's.
+//! `VIREO_STATE` names the state directory, `VIREO_DEBIAN_MIRROR` an archive instead of the host's,
+//! `VIREO_ROOT_PASSWORD` a password for root at the console.
 use std::{env, process::ExitCode, sync::Mutex, time::Instant};
 
 use vireo_image::{BuildOptions, ImageStore, Progress, StateDir, Step};
@@ -33,8 +34,13 @@ fn main() -> ExitCode {
     let state = env::var_os("VIREO_STATE").map_or_else(StateDir::default_for_user, StateDir::new);
     let mut words = env::args().skip(1);
     let suite = words.next();
-    let options =
-        BuildOptions { suite, packages: words.collect(), mirror: env::var("VIREO_DEBIAN_MIRROR").ok(), ..BuildOptions::default() };
+    let options = BuildOptions {
+        suite,
+        packages: words.collect(),
+        mirror: env::var("VIREO_DEBIAN_MIRROR").ok(),
+        root_password: env::var("VIREO_ROOT_PASSWORD").ok(),
+        ..BuildOptions::default()
+    };
     let progress = Lines { start: Instant::now(), last: Mutex::new(("", 0)) };
     let built = ImageStore::open(state).map_err(Into::into).and_then(|store| store.build_debian(&options, &progress));
     match built {

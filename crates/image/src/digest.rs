@@ -24,20 +24,34 @@ impl Sha256Sum {
 
     /// Reads `source` to its end; returns the sum and the number of bytes.
     pub fn of_reader(mut source: impl Read) -> io::Result<(Self, u64)> {
-        let mut state = Sha256::new();
+        let mut summing = Summing::default();
         let mut buffer = vec![0; 1 << 20];
         let mut total = 0;
         loop {
             match source.read(&mut buffer) {
-                Ok(0) => return Ok((Self(state.finalize().into()), total)),
+                Ok(0) => return Ok((summing.finish(), total)),
                 Ok(bytes) => {
-                    state.update(&buffer[..bytes]);
+                    summing.add(&buffer[..bytes]);
                     total += bytes as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// A sum that is made piece by piece.
+#[derive(Default)]
+pub struct Summing(Sha256);
+
+impl Summing {
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub fn finish(self) -> Sha256Sum {
+        Sha256Sum(self.0.finalize().into())
     }
 }
 

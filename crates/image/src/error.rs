@@ -20,6 +20,8 @@ pub enum BuildError {
     UnknownSuite(String, String),
     #[error("'{0}' is no host name: use letters, digits and '-'")]
     Hostname(String),
+    #[error("the root password must be one line that is not empty")]
+    Password,
     #[error("programs that the build needs are missing: {programs}; install them: apt-get install {packages}")]
     MissingPrograms { programs: String, packages: String },
     #[error("the file system of {size} is too small for the packages; give a larger --size")]

@@ -146,12 +146,14 @@ fn get(agent: &ureq::Agent, url: &str, from: u64) -> Result<(u16, impl Read + us
     Ok((status, response.into_body().into_with_config().limit(u64::MAX).reader()))
 }
 
-/// Whether another attempt can help.
-fn is_passing(error: &FetchError) -> bool {
+/// How many attempts an error is worth.
+fn attempts(error: &FetchError) -> u32 {
     match error {
-        FetchError::Status { status, .. } => *status >= 500 || [408, 416, 429].contains(status),
-        FetchError::Transport { .. } | FetchError::Read { .. } | FetchError::Mismatch { .. } => true,
-        _ => false,
+        FetchError::Status { status, .. } if *status >= 500 || [408, 416, 429].contains(status) => ATTEMPTS,
+        FetchError::Transport { .. } | FetchError::Read { .. } => ATTEMPTS,
+        // Damage on the way is rare; a mirror that has something else will have it again.
+        FetchError::Mismatch { .. } => 2,
+        _ => 1,
     }
 }
 
@@ -161,7 +163,7 @@ fn retry<T>(progress: &dyn Progress, mut attempt: impl FnMut() -> Result<T, Fetc
             return Err(FetchError::Cancelled);
         }
         match attempt() {
-            Err(error) if number < ATTEMPTS && is_passing(&error) => {
+            Err(error) if number < attempts(&error) => {
                 // 0.25, 0.5, 1, 2 s: short in total, as an unreachable mirror should be said soon.
                 pause(progress, Duration::from_millis(125 << number));
             }
@@ -293,10 +295,7 @@ fn fill(agent: &ureq::Agent, file: &Wanted, part: &mut File, meter: &Meter<'_>, 
             *counted += bytes as u64;
             meter.add(bytes as u64);
         }
-        // A connection that ended early is resumed; only a file of the right size is judged by its sum.
-        if have < file.size_bytes {
-            return Err(read_error(io::ErrorKind::UnexpectedEof.into()));
-        }
+        // A connection that ends early is a read error, to be resumed. A body that ended as announced is judged.
     } else {
         *counted = have;
         meter.add(have);

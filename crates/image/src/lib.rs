@@ -20,8 +20,11 @@ mod error;
 mod fetch;
 mod mirror;
 mod progress;
+mod sparse;
 mod state;
 mod store;
+#[cfg(test)]
+mod testing;
 mod verify;
 
 pub use deb::{control::ControlError, package_file::PackageFileError, packages::IndexError, relation::RelationError, release::ReleaseError, resolve::ResolveError};

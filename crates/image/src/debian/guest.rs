@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::{
-    selection::MASKED_GENERATORS,
+    selection::{MASKED_GENERATORS, MASKED_UNITS, UNWANTED},
     tree::{TreeError, TreeWriter},
 };
 
@@ -65,9 +65,16 @@ ClientIdentifier=mac
 
 const JOURNAL: &str = "\
 [Journal]
-# In memory until someone makes /var/log/journal.
-Storage=auto
+# In memory. To keep it: remove this file, make /var/log/journal, unmask systemd-journal-flush.service.
+Storage=volatile
 RuntimeMaxUse=16M
+";
+
+const RESOLVED: &str = "\
+[Resolve]
+# Names on the local link are not looked for, nor answered.
+LLMNR=no
+MulticastDNS=no
 ";
 
 const SSH_KEYS: &str = "\
@@ -111,13 +118,18 @@ pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<
 /// The files that are laid over the installed system.
 pub fn write_last(tree: &mut TreeWriter<impl Write>, guest: &Guest<'_>) -> Result<(), TreeError> {
     tree.file("etc/apt/sources.list.d/debian.sources", 0o644, guest.sources.as_bytes())?;
-    tree.file("etc/default/locale", 0o644, b"LANG=C.UTF-8\n")?;
+    tree.file("etc/locale.conf", 0o644, b"LANG=C.UTF-8\n")?;
+    tree.symlink("etc/default/locale", "../locale.conf")?;
     tree.file("etc/hostname", 0o644, format!("{}\n", guest.hostname).as_bytes())?;
     tree.file("etc/systemd/journald.conf.d/vireo.conf", 0o644, JOURNAL.as_bytes())?;
+    tree.file("etc/systemd/resolved.conf.d/vireo.conf", 0o644, RESOLVED.as_bytes())?;
     tree.file("etc/systemd/network/80-vireo.network", 0o644, NETWORK.as_bytes())?;
     tree.symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")?;
     for generator in MASKED_GENERATORS {
         tree.symlink(&format!("etc/systemd/system-generators/{generator}"), "/dev/null")?;
+    }
+    for unit in MASKED_UNITS.into_iter().chain(UNWANTED) {
+        tree.symlink(&format!("etc/systemd/system/{unit}"), "/dev/null")?;
     }
     if guest.has_ssh_server {
         tree.file("etc/systemd/system/ssh.service.d/vireo.conf", 0o644, SSH_KEYS.as_bytes())?;

@@ -58,4 +58,7 @@ mount -t "$fstype" -o "$mode$flags" "$root" /root || die "'$root' cannot be moun
 mount --move /dev /root/dev
 mount --move /proc /root/proc
 mount --move /sys /root/sys
+# What this shell has set is not the guest's business.
+unset SHLVL PWD OLDPWD
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 exec switch_root /root "$init" "$@"

@@ -17,7 +17,7 @@ use super::{
     guest::{Guest, write_first, write_last},
     open_data, sandbox,
     sandbox::Privilege,
-    selection::{ENABLED_UNITS, MASKED_UNITS, is_required},
+    selection::{ENABLED_UNITS, is_required},
     tree::{TreeError, TreeWriter},
 };
 use crate::{
@@ -106,7 +106,6 @@ impl Installation<'_> {
             write(&format!("group-{number}"), lines(&mut group.packages.iter().map(|p| p.name.as_str())))?;
         }
         write("enable", lines(&mut ENABLED_UNITS.into_iter()))?;
-        write("mask", lines(&mut MASKED_UNITS.into_iter()))?;
         if let Some(password) = self.root_password {
             write("root-password", format!("root:{password}\n"))?;
         }

@@ -25,11 +25,11 @@ use crate::{
         packages::{Index, Package, Relation},
         resolve::{Selection, resolve},
     },
-    digest::Sha256Sum,
     error::BuildError,
     fetch::{Cache, FetchError, Http, Wanted},
     mirror::{Host, MirrorError, Reader, Suite},
     progress::{Progress, Step},
+    sparse::sum_and_dig,
     store::{FileRecord, Image, ImageRecord, ImageStore, SCHEMA, check_name},
 };
 use initrd::KernelFiles;
@@ -78,20 +78,40 @@ impl Default for BuildOptions {
     }
 }
 
-/// Releases that can be built, the newest first, with their numbers.
-const SUITES: [(&str, u32); 2] = [("trixie", 13), ("bookworm", 12)];
+/// A release that can be built.
+struct Release {
+    name: &'static str,
+    number: u32,
+    /// Added to [`CMDLINE`].
+    cmdline: &'static str,
+}
+
+/// The newest first.
+const SUITES: [Release; 2] = [
+    // systemd from 256 on asks the terminal for its size and name, and waits for an answer that no log file gives.
+    Release {
+        name: "trixie",
+        number: 13,
+        cmdline: " systemd.tty.term.console=dumb systemd.tty.term.ttyS0=vt220 systemd.tty.rows.ttyS0=25 systemd.tty.columns.ttyS0=80",
+    },
+    Release { name: "bookworm", number: 12, cmdline: "" },
+];
 const ARCHITECTURE: &str = "amd64";
 
 /// The command line with which an image boots: the root disk is the first virtio disk, the console the serial port.
 const CMDLINE: &str = "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet";
 
+fn release(suite: &str) -> Option<&'static Release> {
+    SUITES.iter().find(|release| release.name == suite)
+}
+
 /// The code names of the releases that can be built, the newest first.
 pub fn suites() -> impl Iterator<Item = &'static str> {
-    SUITES.into_iter().map(|(name, _)| name)
+    SUITES.iter().map(|release| release.name)
 }
 
 pub(crate) fn release_number(suite: &str) -> u32 {
-    SUITES.iter().find(|(name, _)| *name == suite).map_or(0, |(_, number)| *number)
+    release(suite).map_or(0, |release| release.number)
 }
 
 /// Programs of the host that a build runs, with the Debian packages that have them.
@@ -171,7 +191,7 @@ pub fn build(store: &ImageStore, options: &BuildOptions, progress: &dyn Progress
         suite: archives.suite.clone(),
         architecture: ARCHITECTURE.to_owned(),
         kernel_version,
-        cmdline: CMDLINE.to_owned(),
+        cmdline: format!("{CMDLINE}{}", release(&archives.suite).map_or("", |release| release.cmdline)),
         created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         agent: options.agent.as_ref().map(|_| options.agent_version.clone().unwrap_or_else(|| "unknown".to_owned())),
         root_bytes: options.size.0,
@@ -192,7 +212,7 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
         check_name(name)?;
     }
     if let Some(suite) = &options.suite
-        && release_number(suite) == 0
+        && release(suite).is_none()
     {
         return Err(BuildError::UnknownSuite(suite.clone(), suites().collect::<Vec<_>>().join(", ")));
     }
@@ -205,14 +225,18 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
     if !valid {
         return Err(BuildError::Hostname(host.clone()));
     }
-    if options.size.0 < 256 << 20 || options.root_password.as_ref().is_some_and(|password| password.contains('\n')) {
+    if options.size.0 < 256 << 20 {
         return Err(BuildError::TooSmall { size: options.size });
+    }
+    // chpasswd(8) reads lines.
+    if options.root_password.as_ref().is_some_and(|password| password.is_empty() || password.contains(['\n', '\0'])) {
+        return Err(BuildError::Password);
     }
     Ok(())
 }
 
 fn file_record(path: &Path) -> Result<FileRecord, BuildError> {
-    let sum = File::open(path).and_then(Sha256Sum::of_reader);
+    let sum = File::options().read(true).write(true).open(path).and_then(|mut file| sum_and_dig(&mut file));
     let (sha256, size_bytes) = sum.map_err(BuildError::io(path))?;
     Ok(FileRecord { size_bytes, sha256 })
 }
@@ -246,7 +270,7 @@ fn default_suites() -> Vec<String> {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(|v| v.trim_matches('"'));
     match (value("ID"), value("VERSION_CODENAME")) {
-        (Some("debian"), Some(suite)) if release_number(suite) > 0 => vec![suite.to_owned()],
+        (Some("debian"), Some(suite)) if release(suite).is_some() => vec![suite.to_owned()],
         _ => suites().map(str::to_owned).collect(),
     }
 }
@@ -364,3 +388,6 @@ fn open_data(files: &BTreeMap<&str, &Path>, name: &str) -> Result<Box<dyn std::i
     let file = File::open(path).map_err(BuildError::io(path))?;
     package_file::data(file).map_err(|source| BuildError::Package { package: name.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests;

@@ -85,7 +85,6 @@ guest_dpkg --configure --pending
 echo "vireo: finish"
 tar --extract --file="$work/guest.tar" --preserve-permissions --numeric-owner --same-owner --directory="$root"
 in_root systemctl --quiet enable $(cat "$work/enable")
-in_root systemctl --quiet mask $(cat "$work/mask")
 if [ -e "$work/root-password" ]; then
 	chroot "$root" /usr/sbin/chpasswd <"$work/root-password"
 fi
@@ -102,6 +101,11 @@ rm -rf usr/sbin/policy-rc.d tmp/* var/tmp/* var/cache/apt/* var/lib/apt/lists/* 
 	var/lib/dbus/machine-id var/lib/systemd/random-seed var/lib/systemd/catalog/database.tmp \
 	etc/ssh/ssh_host_*_key etc/ssh/ssh_host_*_key.pub
 : >etc/machine-id
+# Says that nothing in /etc and /var is older than /usr: else the first boot rebuilds caches that are fresh.
+for dir in etc var; do
+	echo "# The configuration is as new as /usr; see systemd-update-done.service(8)." >"$dir/.updated"
+	touch -r usr "$dir/.updated"
+done
 cd /
 
 echo "vireo: filesystem"
