@@ -228,15 +228,16 @@ impl Special {
         if self.waits() && fpu.pending_x87_exception() {
             return Err(Trap::MathFault);
         }
+        if self.access() != Access::None {
+            // The access may end in a device, whose code may use floating point.
+            fpu.park(regs);
+        }
         let form = |wide| Form { long_mode: context.long_mode, wide_pointers: wide };
         let layout = |wide| Layout { wide, real: context.real_mode };
         match *self {
             Self::Gather(gather) => gather.execute(regs, memory, address).map_err(Trap::Memory),
             Self::MaskedMove(masked) => masked.execute(regs, memory, address).map_err(Trap::Memory),
-            Self::MaskedBytes(masked) => {
-                fpu.park(regs);
-                masked.execute(fpu, regs, memory, address).map_err(Trap::Memory)
-            }
+            Self::MaskedBytes(masked) => masked.execute(fpu, regs, memory, address).map_err(Trap::Memory),
             Self::ZeroVectors { all } => {
                 let count = if context.long_mode { 16 } else { 8 };
                 for register in &mut regs.ymm[..count] {
