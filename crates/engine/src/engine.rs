@@ -38,7 +38,7 @@ impl SoftEngine {
     pub fn new(memory: &GuestMemory) -> Result<Arc<Self>, CpuError> {
         let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::default());
-        memory.set_watch(Arc::new(DeviceWrites { memory: memory.clone(), shared: shared.clone() }));
+        memory.set_watch(Arc::new(DeviceWrites { memory: memory.downgrade(), shared: shared.clone() }));
         Ok(Arc::new(Self { memory: memory.clone(), clock: Clock::new(), apics, shared }))
     }
 

@@ -73,7 +73,7 @@ impl Shared {
 
 /// Listens to what devices write.
 pub struct DeviceWrites {
-    pub memory: vireo_memory::GuestMemory,
+    pub memory: vireo_memory::WeakGuestMemory,
     pub shared: Arc<Shared>,
 }
 
@@ -82,7 +82,9 @@ impl PageWatch for DeviceWrites {
         let page = gpa & !crate::tlb::PAGE_MASK;
         // Decoding watches a page before it reads it, so what was decoded before this is dropped and what is
         // decoded from now on is new.
-        self.memory.unwatch_page(page);
+        if let Some(memory) = self.memory.upgrade() {
+            memory.unwatch_page(page);
+        }
         self.shared.code_changed(page, None);
     }
 }

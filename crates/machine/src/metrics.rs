@@ -10,8 +10,11 @@ use std::{
 
 use vireo_memory::GuestMemory;
 
-/// How often memory is looked at: reading `smaps` walks all page tables.
+/// How often memory is looked at: reading `smaps` walks all page tables. At first, while kernel and initrd are loaded
+/// through buffers that are gone soon, more often.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
+const FIRST_SAMPLES_EVERY: Duration = Duration::from_millis(10);
+const FIRST_SAMPLES: u32 = 50;
 
 /// Memory of this process in bytes, at one moment or at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,9 +83,11 @@ impl MemorySampler {
         let (stop, stopped) = mpsc::channel();
         let sampler = Self { peak: peak.clone(), guest: guest.clone(), stop, thread: None };
         let sample = move || {
+            let mut first = 0..FIRST_SAMPLES;
             loop {
                 note(&peak, MemoryUse::now(&guest));
-                if stopped.recv_timeout(SAMPLE_EVERY) != Err(mpsc::RecvTimeoutError::Timeout) {
+                let pause = first.next().map_or(SAMPLE_EVERY, |_| FIRST_SAMPLES_EVERY);
+                if stopped.recv_timeout(pause) != Err(mpsc::RecvTimeoutError::Timeout) {
                     return;
                 }
             }

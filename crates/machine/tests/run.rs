@@ -78,6 +78,32 @@ fn a_reset_is_an_end_only_where_it_shall_be() {
     }
 }
 
+/// Address space of this process in bytes.
+fn address_space() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    size.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_reboot_gives_the_old_memory_back() {
+    const BOOTS: u32 = 40;
+    for accel in engines("a_reboot_gives_the_old_memory_back") {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, _) = config(folder.path(), &[reset(), halt()], accel);
+        let config = MachineConfig { memory: ByteSize(1 << 30), metrics: false, ..config };
+        let (control, builds, before) = (Control::default(), AtomicU32::new(0), address_space());
+        let stop_at_last = |_: &vireo_machine::Machine| {
+            if builds.fetch_add(1, Ordering::SeqCst) + 1 == BOOTS {
+                control.stop();
+            }
+        };
+        assert_eq!(run(&config, &control, stop_at_last).unwrap().boots, BOOTS);
+        let grown = address_space().saturating_sub(before);
+        assert!(grown < u64::from(BOOTS) / 2 * config.memory.0, "{accel:?}: {grown} bytes more");
+    }
+}
+
 #[test]
 fn a_triple_fault_says_where() {
     for accel in engines("a_triple_fault_says_where") {

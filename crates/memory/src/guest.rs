@@ -1,7 +1,7 @@
 use std::{
     fmt, io, ptr,
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, Weak,
         atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -39,6 +39,17 @@ pub trait PageWatch: Send + Sync {
 /// The RAM of one guest. Cheap to clone; all clones are the same memory.
 #[derive(Clone)]
 pub struct GuestMemory(Arc<Inner>);
+
+/// Guest memory that this does not keep alive: what a [`PageWatch`] holds, which guest memory itself keeps.
+#[derive(Clone)]
+pub struct WeakGuestMemory(Weak<Inner>);
+
+impl WeakGuestMemory {
+    /// `None` once all [`GuestMemory`] clones are gone.
+    pub fn upgrade(&self) -> Option<GuestMemory> {
+        self.0.upgrade().map(GuestMemory)
+    }
+}
 
 struct Inner {
     base: *mut u8,
@@ -91,6 +102,10 @@ impl GuestMemory {
         let flags = (0..bytes / PAGE_BYTES).map(|_| AtomicU8::new(0)).collect();
         let low_bytes = bytes.min(low_limit);
         Ok(Self(Arc::new(Inner { base: base.cast(), bytes, low_bytes, flags, watch: OnceLock::new() })))
+    }
+
+    pub fn downgrade(&self) -> WeakGuestMemory {
+        WeakGuestMemory(Arc::downgrade(&self.0))
     }
 
     pub fn bytes(&self) -> u64 {
@@ -194,7 +209,8 @@ impl GuestMemory {
         }
     }
 
-    /// Installs the one listener for watched pages; later calls are ignored.
+    /// Installs the one listener for watched pages; later calls are ignored. A listener that needs the memory holds it
+    /// by [`Self::downgrade`], or it would keep the memory, and thereby itself, for ever.
     pub fn set_watch(&self, watch: Arc<dyn PageWatch>) {
         let _ = self.0.watch.set(watch);
     }

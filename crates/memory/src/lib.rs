@@ -11,5 +11,5 @@
 mod guest;
 mod slice;
 
-pub use guest::{GuestMemory, HIGH_RAM_START, MemoryError, PAGE_BYTES, PageWatch};
+pub use guest::{GuestMemory, HIGH_RAM_START, MemoryError, PAGE_BYTES, PageWatch, WeakGuestMemory};
 pub use slice::{GuestSlice, Pod};
