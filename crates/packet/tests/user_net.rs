@@ -132,6 +132,21 @@ fn half_close_by_the_server() {
 }
 
 #[test]
+fn a_server_that_is_done_before_the_guest_hears_of_it() {
+    let to = server(|mut stream| {
+        stream.write_all(b"all I have").unwrap();
+    });
+    let mut guest = Guest::new(plain());
+    for _ in 0..200 {
+        let handle = guest.connect(to);
+        assert_eq!(guest.read_all(handle, usize::MAX), b"all I have");
+        guest.tcp(handle).close();
+        guest.until("the end", |guest| (guest.tcp(handle).state() == State::Closed).then_some(()));
+        guest.sockets.remove(handle);
+    }
+}
+
+#[test]
 fn a_reset_of_the_server_reaches_the_guest() {
     let to = server(|mut stream| {
         let mut byte = [0];

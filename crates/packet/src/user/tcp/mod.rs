@@ -311,12 +311,12 @@ impl TcpTable {
                 flow.last_active = shared.now;
                 self.queue(id);
             }
-            Phase::Connecting { .. } if readiness.writable => self.connect_finished(id, shared),
+            Phase::Connecting { .. } if readiness.writable => self.connect_finished(id, readiness, shared),
             Phase::Connecting { .. } => {}
         }
     }
 
-    fn connect_finished(&mut self, id: SlotId, shared: &mut Shared) {
+    fn connect_finished(&mut self, id: SlotId, readiness: Readiness, shared: &mut Shared) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Connecting { syn, alternatives } = &mut flow.phase else { return };
         let outcome = match flow.host.take_error() {
@@ -326,7 +326,7 @@ impl TcpTable {
         let (syn, mut alternatives) = (std::mem::take(syn), std::mem::take(alternatives));
         let (key, sequence, segment) = (flow.key, flow.first_sequence, flow.segment);
         match outcome {
-            Ok(()) => self.accept(id, &syn, shared),
+            Ok(()) => self.accept(id, &syn, readiness, shared),
             Err(error) => {
                 self.remove(id, false);
                 match connect_any(&mut alternatives) {
@@ -341,13 +341,15 @@ impl TcpTable {
     }
 
     /// The other end is there: now the guest's SYN can be answered.
-    fn accept(&mut self, id: SlotId, syn: &[u8], shared: &mut Shared) {
+    fn accept(&mut self, id: SlotId, syn: &[u8], readiness: Readiness, shared: &mut Shared) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let segment = flow.segment;
-        let (Ok(connection), Some(packet)) = (Connection::listening(flow.key.remote, self.buffer_bytes), Packet::parse(syn)) else {
+        let (Ok(mut connection), Some(packet)) = (Connection::listening(flow.key.remote, self.buffer_bytes), Packet::parse(syn)) else {
             self.remove(id, false);
             return;
         };
+        // The peer may have said all it has to say by now, and the edge that tells so does not come twice.
+        connection.note(readiness);
         self.buffer_bytes += connection.buffer_bytes;
         flow.phase = Phase::Open(Box::new(connection));
         self.receive_for(id, &packet, false, Some(segment), shared);
