@@ -24,3 +24,7 @@ pub use board::Handles;
 pub use error::MachineError;
 pub use machine::{Control, Machine, Outcome, Report, run};
 pub use metrics::MemoryUse;
+pub use vireo_devices::virtio::{
+    console::ConsoleSize,
+    vsock::{VsockHost, VsockListener},
+};
