@@ -7,6 +7,7 @@ mod stream;
 use std::path::PathBuf;
 
 use vireo_api::ByteSize;
+pub use vireo_block::Format;
 
 use crate::{boot::Decompressor, layout::MAX_RAM_BYTES};
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::termios::{
-    InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr,
+    InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr,
 };
 
 static ORIGINAL: OnceLock<Termios> = OnceLock::new();
@@ -22,7 +22,8 @@ static RAW: AtomicBool = AtomicBool::new(false);
 pub struct Terminal(());
 
 impl Terminal {
-    /// `None` where standard input is no terminal.
+    /// Every byte passes as it is, in both directions: messages of our own need `\r\n` while this lives. `None` where
+    /// standard input is no terminal.
     pub fn raw() -> io::Result<Option<Self>> {
         let stdin = rustix::stdio::stdin();
         if !isatty(stdin) {
@@ -44,7 +45,8 @@ impl Terminal {
             LocalModes::ECHO | LocalModes::ECHONL | LocalModes::ICANON | LocalModes::ISIG | LocalModes::IEXTEN;
         raw.special_codes[SpecialCodeIndex::VMIN] = 1;
         raw.special_codes[SpecialCodeIndex::VTIME] = 0;
-        // Output processing stays: our own messages end with a bare newline.
+        // What the guest sends went through its own terminal's output processing; ours would spoil it.
+        raw.output_modes -= OutputModes::OPOST;
         RAW.store(true, Ordering::Release);
         tcsetattr(stdin, OptionalActions::Now, &raw)?;
         Ok(Some(Self(())))
