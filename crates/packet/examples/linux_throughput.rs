@@ -79,9 +79,12 @@ fn pull(port: u16, total: usize) -> String {
 /// Seconds of CPU that the network's thread used.
 fn cpu_of_network() -> f64 {
     let tasks = std::fs::read_dir("/proc/self/task").expect("procfs").flatten();
-    let of_network = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok()).filter(|stat| stat.contains("(net-user)"));
+    let of_network = tasks
+        .filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok())
+        .filter(|stat| stat.contains("(net-user)"));
     let ticks = of_network.filter_map(|stat| {
-        let fields: Vec<i64> = stat.rsplit(')').next()?.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
+        let fields: Vec<i64> =
+            stat.rsplit(')').next()?.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
         Some(fields.get(10)? + fields.get(11)?)
     });
     ticks.sum::<i64>() as f64 / 100.0

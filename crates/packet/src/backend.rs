@@ -21,7 +21,8 @@ pub struct Offloads {
 }
 
 /// The other end of a NIC. Frames are Ethernet frames without FCS, each preceded by a 12-byte
-/// `virtio_net_hdr_v1` (virtio 1.2, 5.1.6), in both directions.
+/// `virtio_net_hdr_v1` (virtio 1.2, 5.1.6), in both directions. In frames from the backend `num_buffers` is 1; a device
+/// that merges receive buffers sets it to what it used.
 ///
 /// `send` and `recv` never block; they are called from one thread each, which may differ.
 pub trait Backend: Send + Sync {

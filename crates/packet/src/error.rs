@@ -9,7 +9,9 @@ pub enum NetError {
     PortBusy { port: u16, forward: Forward, source: io::Error },
     #[error("port {port} needs privileges: {forward} is below 1024; choose a host port of 1024 or more")]
     PortPrivileged { port: u16, forward: Forward, source: io::Error },
-    #[error("the host address of {forward} is not an address of this host; use 127.0.0.1 or one that `ip address` lists")]
+    #[error(
+        "the host address of {forward} is not an address of this host; use 127.0.0.1 or one that `ip address` lists"
+    )]
     NoSuchHostAddress { forward: Forward, source: io::Error },
     #[error("cannot listen for {forward}")]
     Forward { forward: Forward, source: io::Error },

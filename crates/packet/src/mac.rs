@@ -74,10 +74,21 @@ mod tests {
 
     #[test]
     fn bad_texts() {
-        for text in ["", "52:54:00:ab:cd", "52:54:00:ab:cd:0f:11", "52:54:00:ab:cd:0g", "52:54:00:ab:cd:+1", "525400abcd0f", "::::::"] {
+        for text in [
+            "",
+            "52:54:00:ab:cd",
+            "52:54:00:ab:cd:0f:11",
+            "52:54:00:ab:cd:0g",
+            "52:54:00:ab:cd:+1",
+            "525400abcd0f",
+            "::::::",
+        ] {
             assert_eq!(text.parse::<MacAddress>(), Err(MacAddressError::Malformed(text.into())), "{text}");
         }
-        assert_eq!("01:00:5e:00:00:01".parse::<MacAddress>(), Err(MacAddressError::Multicast("01:00:5e:00:00:01".into())));
+        assert_eq!(
+            "01:00:5e:00:00:01".parse::<MacAddress>(),
+            Err(MacAddressError::Multicast("01:00:5e:00:00:01".into()))
+        );
     }
 
     #[test]

@@ -38,7 +38,8 @@ impl Tap {
     /// Opens the tap device of this name. As root it is made if there is none, and goes when it is closed.
     pub fn open(name: &str) -> Result<Arc<Self>, NetError> {
         let request = Request::new(name)?;
-        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(DEVICE);
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(DEVICE);
         let file = file.map_err(explain_device)?;
         // SAFETY: TUNSETIFF takes a struct ifreq, which `request` is laid out as, and it outlives the call.
         if unsafe { ioctl_with_ref(&file, TUNSETIFF(), &request) } < 0 {
@@ -154,8 +155,16 @@ impl Backend for Tap {
         match written {
             Ok(_) => Ok(()),
             // No room, an interface that is down, or a frame that the kernel takes for malformed: lost, as on a wire.
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::InvalidInput | ErrorKind::Interrupted) => Ok(()),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EMSGSIZE | libc::ENOBUFS | libc::EFAULT)) => Ok(()),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::InvalidInput | ErrorKind::Interrupted) =>
+            {
+                Ok(())
+            }
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EIO | libc::EMSGSIZE | libc::ENOBUFS | libc::EFAULT)) =>
+            {
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }

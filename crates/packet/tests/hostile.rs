@@ -9,7 +9,10 @@ mod guest;
 use std::{
     io::{IoSlice, IoSliceMut},
     net::UdpSocket,
-    sync::{Arc, Once, atomic::{AtomicUsize, Ordering}},
+    sync::{
+        Arc, Once,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -41,7 +44,10 @@ fn count_panics() {
 /// The network, and whether what it sends stays within a namespace of this test.
 fn net(test: &str) -> (Arc<UserNet>, bool) {
     count_panics();
-    let mut config = UserNetConfig { forwards: vec!["tcp:0:80".parse().unwrap(), "udp:0:80".parse().unwrap()], ..Default::default() };
+    let mut config = UserNetConfig {
+        forwards: vec!["tcp:0:80".parse().unwrap(), "udp:0:80".parse().unwrap()],
+        ..Default::default()
+    };
     config.dns_servers = Some(vec!["127.0.0.1:9".parse().unwrap()]);
     let contained = private::enter(&format!("{test} (its outside half)"));
     if !contained {
@@ -139,7 +145,11 @@ fn valid_frames(port: u16) -> Vec<Vec<u8>> {
         ipv6(17, 3, &[0, 99, 0, 53, 0, 12, 0, 0, 1, 2, 3, 4]),
         ipv6(58, 2, &[128, 0, 0, 0, 0, 1, 0, 1, 5]),
         ipv6(58, 2, &[133, 0, 0, 0, 0, 0, 0, 0]),
-        ipv6(58, 2, &[135, 0, 0, 0, 0, 0, 0, 0, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 2, 2, 2, 2, 2, 2]),
+        ipv6(
+            58,
+            2,
+            &[135, 0, 0, 0, 0, 0, 0, 0, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 2, 2, 2, 2, 2, 2],
+        ),
         ipv6(44, 2, &[17, 0, 0, 1, 0, 0, 0, 9, 0, 99, 0, 53, 0, 12, 0, 0]),
     ]
 }
@@ -262,7 +272,14 @@ fn a_flood_of_flows_stays_within_its_limits() {
         send(&net, [0; HEADER], &ipv4(17, [10, 0, 2, 2], &[from_high, from_low, high, low, 0, 12, 0, 0, 1, 2, 3, 4]));
         if source % 100 == 0 {
             is_alive(&net);
-            drop((0..100).map_while(|_| { listener.set_nonblocking(true).unwrap(); listener.accept().ok() }).collect::<Vec<_>>());
+            drop(
+                (0..100)
+                    .map_while(|_| {
+                        listener.set_nonblocking(true).unwrap();
+                        listener.accept().ok()
+                    })
+                    .collect::<Vec<_>>(),
+            );
         }
     }
     is_alive(&net);

@@ -110,7 +110,11 @@ fn patiently<T>(mut attempt: impl FnMut() -> std::io::Result<T>) -> T {
 fn udp_of_all_sizes_in_fragments() {
     // With an MTU of 1500 on both sides both cut, and both put together.
     for mtu in [1500, 65520] {
-        let Some(net) = world("linux_guest::udp_of_all_sizes_in_fragments", UserNetConfig { mtu, ..Default::default() }) else { return };
+        let Some(net) =
+            world("linux_guest::udp_of_all_sizes_in_fragments", UserNetConfig { mtu, ..Default::default() })
+        else {
+            return;
+        };
         let servers = ["127.0.0.1:0", "[::1]:0"].map(|address| {
             let socket = UdpSocket::bind(address).unwrap();
             let port = socket.local_addr().unwrap().port();
@@ -131,7 +135,9 @@ fn udp_of_all_sizes_in_fragments() {
                 for length in [0, 1, 1452, 1453, 1473, 5000, 30_000, 65_400] {
                     let data = pattern(length, length as u32);
                     assert_eq!(socket.send(&data).unwrap(), length);
-                    let back = socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{length} bytes to {to}, MTU {mtu}: {error}"));
+                    let back = socket
+                        .recv(&mut buffer)
+                        .unwrap_or_else(|error| panic!("{length} bytes to {to}, MTU {mtu}: {error}"));
                     assert!(buffer[..back] == data, "{length}");
                 }
             }

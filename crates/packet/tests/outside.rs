@@ -64,7 +64,8 @@ fn answered_pings(guest: &mut Guest) {
         guest.until("the pong", |guest| {
             let (bytes, from) = guest.sockets.get_mut::<icmp::Socket>(handle).recv().ok()?;
             assert_eq!(from, IpAddress::Ipv6(OUTSIDE6));
-            let reply = Icmpv6Repr::parse(&OUTSIDE6, &OWN6, &Icmpv6Packet::new_checked(bytes).unwrap(), &checksums).unwrap();
+            let reply =
+                Icmpv6Repr::parse(&OUTSIDE6, &OWN6, &Icmpv6Packet::new_checked(bytes).unwrap(), &checksums).unwrap();
             assert_eq!(reply, Icmpv6Repr::EchoReply { ident: 0x1234, seq_no: sequence, data: &data });
             Some(())
         });
@@ -123,7 +124,11 @@ fn a_client_of_a_forward_is_seen_by_its_own_address() {
     let mut guest = Guest::new(net);
     let handle = guest.add_tcp(65536);
     guest.tcp(handle).listen(80).unwrap();
-    let client = thread::spawn(move || { let stream = std::net::TcpStream::connect(address).unwrap(); thread::sleep(Duration::from_millis(300)); stream.local_addr().unwrap() });
+    let client = thread::spawn(move || {
+        let stream = std::net::TcpStream::connect(address).unwrap();
+        thread::sleep(Duration::from_millis(300));
+        stream.local_addr().unwrap()
+    });
     guest.established(handle);
     let seen = guest.tcp(handle).remote_endpoint().unwrap();
     let client = client.join().unwrap();

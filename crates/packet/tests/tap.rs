@@ -40,7 +40,9 @@ fn tcp_to_the_kernel_with_and_without_offloads() {
     if !private::enter("tap::tcp_to_the_kernel_with_and_without_offloads") {
         return;
     }
-    for (name, offloads, mtu) in [("vireo-t1", NO_OFFLOADS, 1500), ("vireo-t2", ALL_OFFLOADS, 1500), ("vireo-t3", ALL_OFFLOADS, 9000)] {
+    for (name, offloads, mtu) in
+        [("vireo-t1", NO_OFFLOADS, 1500), ("vireo-t2", ALL_OFFLOADS, 1500), ("vireo-t3", ALL_OFFLOADS, 9000)]
+    {
         let tap = Tap::open(name).unwrap();
         private::set_mtu(name, mtu);
         private::add_v4(name, HOST, MASK);
@@ -50,7 +52,11 @@ fn tcp_to_the_kernel_with_and_without_offloads() {
         let server = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut reader = stream.try_clone().unwrap();
-            let all = thread::spawn(move || { let mut all = Vec::new(); reader.read_to_end(&mut all).unwrap(); all });
+            let all = thread::spawn(move || {
+                let mut all = Vec::new();
+                reader.read_to_end(&mut all).unwrap();
+                all
+            });
             stream.write_all(&pattern(2_000_000, 1)).unwrap();
             all.join().unwrap()
         });

@@ -62,13 +62,18 @@ fn exchange(guest: &mut Guest, handle: smoltcp::iface::SocketHandle, data: &[u8]
 
 #[test]
 fn dhcp_configures_the_guest() {
-    let net = net(UserNetConfig { search_domains: Some(vec!["lan.example".into()]), hostname: Some("one".into()), ..Default::default() });
+    let net = net(UserNetConfig {
+        search_domains: Some(vec!["lan.example".into()]),
+        hostname: Some("one".into()),
+        ..Default::default()
+    });
     let mut guest = Guest::with(net, Setup { addresses: vec![], ..Setup::default() });
     let handle = guest.sockets.add(dhcpv4::Socket::new());
-    let (address, router, dns) = guest.until("a lease", |guest| match guest.sockets.get_mut::<dhcpv4::Socket>(handle).poll() {
-        Some(dhcpv4::Event::Configured(config)) => Some((config.address, config.router, config.dns_servers)),
-        _ => None,
-    });
+    let (address, router, dns) =
+        guest.until("a lease", |guest| match guest.sockets.get_mut::<dhcpv4::Socket>(handle).poll() {
+            Some(dhcpv4::Event::Configured(config)) => Some((config.address, config.router, config.dns_servers)),
+            _ => None,
+        });
     assert_eq!(address, "10.0.2.15/24".parse().unwrap());
     assert_eq!(router, Some(Ipv4Addr::new(10, 0, 2, 2)));
     assert_eq!(dns.first(), Some(&Ipv4Addr::new(10, 0, 2, 3)));
@@ -78,14 +83,20 @@ fn dhcp_configures_the_guest() {
 fn tcp_both_ways_with_and_without_offloads() {
     let to = server(echo);
     let checksums = Offloads { checksum_in: true, checksum_out: true, ..NO_OFFLOADS };
-    for (offloads, mtu) in [(NO_OFFLOADS, 1500), (checksums, 1500), (ALL_OFFLOADS, 1500), (ALL_OFFLOADS, 65520), (NO_OFFLOADS, 65520)] {
+    for (offloads, mtu) in
+        [(NO_OFFLOADS, 1500), (checksums, 1500), (ALL_OFFLOADS, 1500), (ALL_OFFLOADS, 65520), (NO_OFFLOADS, 65520)]
+    {
         let mut guest = Guest::with(plain(), Setup { offloads, mtu, ..Setup::default() });
         let handle = guest.connect(to);
         guest.established(handle);
         let data = pattern(3_000_000, mtu as u32);
         assert!(exchange(&mut guest, handle, &data) == data, "{offloads:?} {mtu}");
         let cut = guest.nic.segmented > 0;
-        assert_eq!(cut, offloads.segmentation_out && mtu == 1500, "large frames exactly where the driver cuts them: {offloads:?} {mtu}");
+        assert_eq!(
+            cut,
+            offloads.segmentation_out && mtu == 1500,
+            "large frames exactly where the driver cuts them: {offloads:?} {mtu}"
+        );
         guest.tcp(handle).close();
         guest.until("the end", |guest| (!guest.tcp(handle).is_active()).then_some(()));
     }
@@ -204,7 +215,13 @@ fn two_hundred_connections_at_once() {
     let to = server(echo);
     let net = plain();
     let mut guest = Guest::with(net.clone(), Setup { offloads: ALL_OFFLOADS, mtu: 65520, ..Setup::default() });
-    let handles: Vec<_> = (0..200).map(|_| { let handle = guest.add_tcp(16384); guest.connect_with(handle, to); handle }).collect();
+    let handles: Vec<_> = (0..200)
+        .map(|_| {
+            let handle = guest.add_tcp(16384);
+            guest.connect_with(handle, to);
+            handle
+        })
+        .collect();
     let expected: Vec<_> = (0..200).map(|i| pattern(20_000, i)).collect();
     let mut sent = vec![0; 200];
     let mut back = vec![Vec::new(); 200];
@@ -361,7 +378,10 @@ fn dns_by_udp_and_tcp_and_failover() {
     let tcp = TcpListener::bind(alive).unwrap();
     thread::spawn(move || tcp.incoming().for_each(|stream| echo(stream.unwrap())));
     let net = net(UserNetConfig { dns_servers: Some(vec![dead, alive]), ..Default::default() });
-    let mut guest = Guest::with(net, Setup { addresses: vec!["10.0.2.15/24".parse().unwrap(), "fd00::15/64".parse().unwrap()], ..Setup::default() });
+    let mut guest = Guest::with(
+        net,
+        Setup { addresses: vec!["10.0.2.15/24".parse().unwrap(), "fd00::15/64".parse().unwrap()], ..Setup::default() },
+    );
     let handle = guest.add_udp();
     // The first server refuses; like any resolver the guest asks again.
     guest.send_to(handle, b"question", "10.0.2.3:53");
@@ -427,9 +447,15 @@ fn ipv6_configures_itself_and_reaches_the_host() {
     let port = listener.local_addr().unwrap().port();
     thread::spawn(move || listener.incoming().for_each(|stream| echo(stream.unwrap())));
     for offloads in [NO_OFFLOADS, ALL_OFFLOADS] {
-        let setup = Setup { slaac: true, offloads, addresses: vec!["fe80::5054:ff:fe12:3456/64".parse().unwrap()], ..Setup::default() };
+        let setup = Setup {
+            slaac: true,
+            offloads,
+            addresses: vec!["fe80::5054:ff:fe12:3456/64".parse().unwrap()],
+            ..Setup::default()
+        };
         let mut guest = Guest::with(plain(), setup);
-        let is_ours = |cidr: &IpCidr| matches!(cidr.address(), smoltcp::wire::IpAddress::Ipv6(ip) if ip.segments()[0] == 0xfd00);
+        let is_ours =
+            |cidr: &IpCidr| matches!(cidr.address(), smoltcp::wire::IpAddress::Ipv6(ip) if ip.segments()[0] == 0xfd00);
         guest.until("an address", |guest| guest.interface.ip_addrs().iter().any(is_ours).then_some(()));
         let handle = guest.connect(format!("[fd00::2]:{port}").parse().unwrap());
         guest.established(handle);
@@ -473,7 +499,10 @@ fn a_busy_port_is_told_by_name() {
     assert!(matches!(error, NetError::PortBusy { .. }));
     assert!(error.to_string().starts_with(&format!("port {port} is busy: ")), "{error}");
     let forwards = vec!["tcp:192.0.2.1:0:80".parse().unwrap()];
-    assert!(matches!(UserNet::new(UserNetConfig { forwards, ..Default::default() }), Err(NetError::NoSuchHostAddress { .. })));
+    assert!(matches!(
+        UserNet::new(UserNetConfig { forwards, ..Default::default() }),
+        Err(NetError::NoSuchHostAddress { .. })
+    ));
 }
 
 #[test]
@@ -504,7 +533,8 @@ fn it_is_not_slow() {
             }
         }
     });
-    let mut guest = Guest::with(plain(), Setup { offloads: ALL_OFFLOADS, mtu: 65520, strict: false, ..Setup::default() });
+    let mut guest =
+        Guest::with(plain(), Setup { offloads: ALL_OFFLOADS, mtu: 65520, strict: false, ..Setup::default() });
     let handle = guest.add_tcp(1 << 20);
     guest.connect_with(handle, to);
     guest.established(handle);

@@ -35,7 +35,9 @@ pub struct Forward {
 
 /// Why a text is no port forward.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{text}' is no port forward: {why}; write PROTOCOL:[HOSTADDRESS:]HOSTPORT:[GUESTADDRESS:]GUESTPORT, such as tcp:8080:80")]
+#[error(
+    "'{text}' is no port forward: {why}; write PROTOCOL:[HOSTADDRESS:]HOSTPORT:[GUESTADDRESS:]GUESTPORT, such as tcp:8080:80"
+)]
 pub struct ForwardError {
     text: String,
     why: &'static str,
@@ -79,7 +81,9 @@ impl FromStr for Forward {
         if parts.next().is_some() {
             return Err(fail("it has too many parts"));
         }
-        let port = |part: Option<&str>| part.filter(|p| p.bytes().all(|b| b.is_ascii_digit())).and_then(|p| p.parse::<u16>().ok());
+        let port = |part: Option<&str>| {
+            part.filter(|p| p.bytes().all(|b| b.is_ascii_digit())).and_then(|p| p.parse::<u16>().ok())
+        };
         let guest_port = port(guest_port).filter(|port| *port != 0);
         Ok(Self {
             protocol,
@@ -246,7 +250,9 @@ impl Addresses {
     pub(crate) fn on_link(&self, address: IpAddr) -> bool {
         match address {
             IpAddr::V4(ip) => ip.octets()[..3] == self.network.octets()[..3],
-            IpAddr::V6(ip) => ip.segments()[..4] == self.network6.segments()[..4] || ip.segments()[0] & 0xffc0 == 0xfe80,
+            IpAddr::V6(ip) => {
+                ip.segments()[..4] == self.network6.segments()[..4] || ip.segments()[0] & 0xffc0 == 0xfe80
+            }
         }
     }
 
@@ -271,7 +277,11 @@ impl UserNetConfig {
         if !(SMALLEST_MTU..=LARGEST_MTU).contains(&self.mtu) {
             return Err(NetError::Mtu(self.mtu));
         }
-        if self.network.octets()[3] != 0 || self.network.is_multicast() || self.network.is_loopback() || self.network.octets()[0] == 0 {
+        if self.network.octets()[3] != 0
+            || self.network.is_multicast()
+            || self.network.is_loopback()
+            || self.network.octets()[0] == 0
+        {
             return Err(NetError::Network(self.network));
         }
         if let Some(name) = self.hostname.as_deref().filter(|name| !is_host_name(name)) {

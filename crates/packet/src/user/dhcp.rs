@@ -95,7 +95,9 @@ impl DhcpServer {
             return *ip;
         }
         let [a, b, c, first] = self.addresses.guest.octets();
-        let unused = (first..255).map(|last| Ipv4Addr::new(a, b, c, last)).find(|ip| !self.leases.iter().any(|(_, used)| used == ip));
+        let unused = (first..255)
+            .map(|last| Ipv4Addr::new(a, b, c, last))
+            .find(|ip| !self.leases.iter().any(|(_, used)| used == ip));
         let ip = unused.or_else(|| self.leases.pop_front().map(|(_, ip)| ip)).unwrap_or(self.addresses.guest);
         self.leases.push_back((mac, ip));
         ip
@@ -119,7 +121,10 @@ impl DhcpServer {
             option(OPTION_INTERFACE_MTU, Some(&mtu));
             option(OPTION_BROADCAST, Some(&broadcast));
             option(OPTION_HOST_NAME, hostname.map(str::as_bytes));
-            option(OPTION_DOMAIN_NAME, search_domains.first().filter(|name| super::config::is_host_name(name)).map(|name| name.as_bytes()));
+            option(
+                OPTION_DOMAIN_NAME,
+                search_domains.first().filter(|name| super::config::is_host_name(name)).map(|name| name.as_bytes()),
+            );
             option(OPTION_DOMAIN_SEARCH, Some(&search));
         }
         let options: Vec<_> = options.iter().map(|(kind, data)| DhcpOption { kind: *kind, data }).collect();

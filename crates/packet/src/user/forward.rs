@@ -104,7 +104,10 @@ impl Forwards {
     }
 
     pub(crate) fn watch(&self, shared: &Shared) -> io::Result<()> {
-        self.listeners.iter().enumerate().try_for_each(|(index, listener)| shared.poller.watch_edges(&listener.socket, Token::Forward(index)))
+        self.listeners
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, listener)| shared.poller.watch_edges(&listener.socket, Token::Forward(index)))
     }
 
     pub(crate) fn host_event(&mut self, index: usize, tcp: &mut TcpTable, shared: &mut Shared) {
@@ -230,7 +233,8 @@ impl Listener {
             return Some(*remote);
         }
         if self.clients.len() >= MAX_CLIENTS
-            && let Some(oldest) = self.clients.iter().min_by_key(|(_, client)| client.last_active).map(|(remote, _)| *remote)
+            && let Some(oldest) =
+                self.clients.iter().min_by_key(|(_, client)| client.last_active).map(|(remote, _)| *remote)
         {
             self.clients.remove(&oldest);
         }

@@ -49,7 +49,11 @@ impl Reassembly {
             return None;
         }
         self.make_room(&key, now);
-        let partial = self.partials.entry(key).or_insert_with(|| Partial { deadline: now + PATIENCE, pieces: Vec::new(), length: None });
+        let partial = self.partials.entry(key).or_insert_with(|| Partial {
+            deadline: now + PATIENCE,
+            pieces: Vec::new(),
+            length: None,
+        });
         if !partial.insert(piece.offset, packet.payload, (!piece.more).then_some(end)) {
             // RFC 8200, section 4.5: overlapping fragments discard the whole packet.
             self.partials.remove(&key);
@@ -89,7 +93,10 @@ impl Partial {
         }
         self.length = self.length.or(length);
         let place = self.pieces.partition_point(|(start, _)| *start < offset);
-        let touches_before = place.checked_sub(1).and_then(|i| self.pieces.get(i)).is_some_and(|(start, piece)| start + piece.len() > offset);
+        let touches_before = place
+            .checked_sub(1)
+            .and_then(|i| self.pieces.get(i))
+            .is_some_and(|(start, piece)| start + piece.len() > offset);
         let after = self.pieces.get(place);
         if after.is_some_and(|(start, piece)| *start == offset && piece == bytes) {
             return true;

@@ -13,7 +13,10 @@ use super::{
     packet::{self, IPV4_HEADER, IPV6_HEADER},
     queues::Queues,
 };
-use crate::{MacAddress, Offloads, virtio_header::{self, VirtioHeader}};
+use crate::{
+    MacAddress, Offloads,
+    virtio_header::{self, VirtioHeader},
+};
 
 const ETHERNET_HEADER: usize = 14;
 /// Where the IP packet starts in a frame.
@@ -53,6 +56,9 @@ impl Link {
     /// Remembers whose address this is.
     pub(crate) fn learn(&mut self, address: IpAddr, mac: MacAddress) {
         self.latest = Some(mac);
+        if self.neighbors.get(&address) == Some(&mac) {
+            return;
+        }
         if address.is_unspecified() || !self.addresses.on_link(address) || self.addresses.is_own(address) {
             return;
         }
@@ -135,7 +141,14 @@ impl Link {
     }
 
     /// RFC 826.
-    pub(crate) fn send_arp(&mut self, operation: u16, to: MacAddress, target_mac: MacAddress, target: Ipv4Addr, own: Ipv4Addr) {
+    pub(crate) fn send_arp(
+        &mut self,
+        operation: u16,
+        to: MacAddress,
+        target_mac: MacAddress,
+        target: Ipv4Addr,
+        own: Ipv4Addr,
+    ) {
         let mut frame = vec![0; PACKET_START + 28];
         let arp = &mut frame[PACKET_START..];
         arp[..8].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, operation as u8]);
@@ -187,6 +200,10 @@ fn prepare_offload(frame: &mut [u8], segment: usize) -> Option<VirtioHeader> {
     let data = length.checked_sub(tcp_header)?;
     Some(VirtioHeader {
         checksum: Some((ethernet_start, 16)),
-        segmentation: (data > segment && segment > 0).then_some((kind, segment as u16, ethernet_start + tcp_header as u16)),
+        segmentation: (data > segment && segment > 0).then_some((
+            kind,
+            segment as u16,
+            ethernet_start + tcp_header as u16,
+        )),
     })
 }

@@ -80,7 +80,10 @@ impl UserNet {
         let forwards = listeners.iter().map(|listener| listener.forward).collect();
         let mtu = config.mtu;
         let stack = Stack::new(config, listeners, queues.clone(), gauges.clone())?;
-        let thread = thread::Builder::new().name("net-user".into()).spawn(move || stack.run()).map_err(setup("starting its thread"))?;
+        let thread = thread::Builder::new()
+            .name("net-user".into())
+            .spawn(move || stack.run())
+            .map_err(setup("starting its thread"))?;
         Ok(Arc::new(Self { queues, gauges, forwards, mtu, thread: Mutex::new(Some(thread)) }))
     }
 

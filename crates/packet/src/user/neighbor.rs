@@ -30,7 +30,10 @@ pub(crate) struct Advertisement {
 impl Link {
     pub(crate) fn receive_arp(&mut self, bytes: &[u8]) {
         let Some(arp) = bytes.first_chunk::<28>() else { return };
-        let [0, 1, 8, 0, 6, 4, 0, operation, a, b, c, d, e, f, s0, s1, s2, s3, _, _, _, _, _, _, t0, t1, t2, t3] = *arp else { return };
+        let [0, 1, 8, 0, 6, 4, 0, operation, a, b, c, d, e, f, s0, s1, s2, s3, _, _, _, _, _, _, t0, t1, t2, t3] = *arp
+        else {
+            return;
+        };
         let mac = MacAddress([a, b, c, d, e, f]);
         let (sender, target) = (Ipv4Addr::new(s0, s1, s2, s3), Ipv4Addr::new(t0, t1, t2, t3));
         if mac.is_multicast() {

@@ -58,7 +58,11 @@ impl<'a> Packet<'a> {
             protocol: packet.next_header().into(),
             hop_limit: packet.hop_limit(),
             payload: bytes.get(header..total)?,
-            piece: fragmented.then(|| Piece { identification: packet.ident().into(), offset, more: packet.more_frags() }),
+            piece: fragmented.then(|| Piece {
+                identification: packet.ident().into(),
+                offset,
+                more: packet.more_frags(),
+            }),
         })
     }
 
@@ -106,7 +110,13 @@ pub(crate) fn parse_udp(payload: &[u8]) -> Option<(u16, u16, &[u8])> {
 }
 
 /// An IP header and room for `length` bytes of payload, which is zero. `None` if that is too much for a packet.
-pub(crate) fn build(source: IpAddr, destination: IpAddr, protocol: u8, hop_limit: u8, length: usize) -> Option<Vec<u8>> {
+pub(crate) fn build(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    hop_limit: u8,
+    length: usize,
+) -> Option<Vec<u8>> {
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => build_v4(source, destination, protocol, hop_limit, length),
         (IpAddr::V6(source), IpAddr::V6(destination)) => build_v6(source, destination, protocol, hop_limit, length),

@@ -132,7 +132,8 @@ impl PingTable {
     }
 
     pub(crate) fn expire(&mut self, now: Instant) {
-        let old: Vec<_> = self.flows.iter().filter(|(_, flow)| flow.last_active + IDLE < now).map(|(id, _)| id).collect();
+        let old: Vec<_> =
+            self.flows.iter().filter(|(_, flow)| flow.last_active + IDLE < now).map(|(id, _)| id).collect();
         for id in old {
             self.remove(id);
         }
@@ -159,7 +160,9 @@ fn open(remote: IpAddr) -> io::Result<(Socket, bool)> {
     // The first is for the groups in net.ipv4.ping_group_range, the second for root.
     match make(Type::DGRAM) {
         Ok(socket) => Ok((socket, false)),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => make(Type::RAW).map(|socket| (socket, true)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => {
+            make(Type::RAW).map(|socket| (socket, true))
+        }
         Err(error) => Err(error),
     }
 }
@@ -168,7 +171,11 @@ fn open(remote: IpAddr) -> io::Result<(Socket, bool)> {
 fn echo_reply(bytes: &[u8], raw: bool, key: &Key) -> Option<Vec<u8>> {
     let v4 = key.remote.is_ipv4();
     let message = match raw && v4 {
-        true => Packet::parse(bytes).filter(|packet| packet.source == key.remote && packet.protocol == packet::ICMP)?.payload,
+        true => {
+            Packet::parse(bytes)
+                .filter(|packet| packet.source == key.remote && packet.protocol == packet::ICMP)?
+                .payload
+        }
         false => bytes,
     };
     let kind = if v4 { 0 } else { 129 };

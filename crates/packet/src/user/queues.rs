@@ -134,7 +134,9 @@ impl Queues {
     /// To the guest. Lost if even the reserve is used up.
     pub(crate) fn push_outbound(&self, frame: Vec<u8>) {
         let mut outbound = lock(&self.outbound);
-        if outbound.frames.len() >= OUTBOUND_FRAMES + OUTBOUND_EXTRA_FRAMES || outbound.bytes >= OUTBOUND_BYTES + OUTBOUND_EXTRA_BYTES {
+        if outbound.frames.len() >= OUTBOUND_FRAMES + OUTBOUND_EXTRA_FRAMES
+            || outbound.bytes >= OUTBOUND_BYTES + OUTBOUND_EXTRA_BYTES
+        {
             self.losses.to_guest.fetch_add(1, Ordering::Relaxed);
             return;
         }

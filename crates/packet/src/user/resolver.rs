@@ -35,7 +35,15 @@ struct Found {
 
 impl Resolver {
     pub(crate) fn new(path: PathBuf, servers: Option<Vec<SocketAddr>>, domains: Option<Vec<String>>) -> Self {
-        Self { path, fixed_servers: servers, fixed_domains: domains, found: Found::default(), modified: None, checked: None, preferred: 0 }
+        Self {
+            path,
+            fixed_servers: servers,
+            fixed_domains: domains,
+            found: Found::default(),
+            modified: None,
+            checked: None,
+            preferred: 0,
+        }
     }
 
     /// The servers to ask, the preferred one first. Never empty.
@@ -88,7 +96,9 @@ fn parse(text: &str) -> Found {
         let line = line.split(['#', ';']).next().unwrap_or_default();
         let mut words = line.split_whitespace();
         match words.next() {
-            Some("nameserver") if found.servers.len() < MAX_SERVERS => found.servers.extend(words.next().and_then(parse_server)),
+            Some("nameserver") if found.servers.len() < MAX_SERVERS => {
+                found.servers.extend(words.next().and_then(parse_server))
+            }
             // The last of these lines counts.
             Some("search" | "domain") => found.domains = words.filter(|word| *word != ".").map(str::to_owned).collect(),
             _ => {}

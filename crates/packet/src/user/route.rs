@@ -36,7 +36,10 @@ impl Policy {
 
     pub(crate) fn route(&self, destination: IpAddr) -> Route {
         let own = &self.addresses;
-        if is_no_destination(destination) || destination == IpAddr::V4(own.broadcast) || destination == IpAddr::V4(own.network) {
+        if is_no_destination(destination)
+            || destination == IpAddr::V4(own.broadcast)
+            || destination == IpAddr::V4(own.network)
+        {
             return Route::Ignored;
         }
         if destination == IpAddr::V4(own.dns) || destination == IpAddr::V6(own.dns6) {

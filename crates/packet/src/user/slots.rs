@@ -68,6 +68,13 @@ impl<T> Slots<T> {
         Some(value)
     }
 
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (SlotId, &mut T)> {
+        self.slots.iter_mut().enumerate().filter_map(|(index, slot)| {
+            let id = SlotId { index: index as u32, generation: slot.generation };
+            slot.value.as_mut().map(|value| (id, value))
+        })
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (SlotId, &T)> {
         self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let id = SlotId { index: index as u32, generation: slot.generation };

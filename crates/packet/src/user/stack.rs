@@ -55,7 +55,12 @@ pub(crate) struct Stack {
 }
 
 impl Stack {
-    pub(crate) fn new(config: UserNetConfig, listeners: Vec<Listener>, queues: Arc<Queues>, gauges: Arc<Gauges>) -> Result<Self, NetError> {
+    pub(crate) fn new(
+        config: UserNetConfig,
+        listeners: Vec<Listener>,
+        queues: Arc<Queues>,
+        gauges: Arc<Gauges>,
+    ) -> Result<Self, NetError> {
         let setup = |what| move |source| NetError::Setup { what, source };
         let addresses = Addresses::of(&config);
         let policy = Policy::of(&config);
@@ -127,7 +132,9 @@ impl Stack {
     /// Waits for events, and collects them; does not wait if there is work.
     fn sleep(&mut self) {
         // In this order: whoever makes room looks whether we sleep.
-        let busy = !self.inbound.is_empty() || !self.queues.fall_asleep() || (self.has_stalled() && !self.queues.wait_for_room());
+        let busy = !self.inbound.is_empty()
+            || !self.queues.fall_asleep()
+            || (self.has_stalled() && !self.queues.wait_for_room());
         let timeout = match self.next_timer() {
             _ if busy => Some(Duration::ZERO),
             Some(at) => Some(at.saturating_duration_since(Instant::now())),
@@ -173,7 +180,9 @@ impl Stack {
                 self.forwards.guest_appeared(&mut self.tcp, &mut self.shared);
             }
             ETHERTYPE_IPV4 if payload.first().is_some_and(|byte| byte >> 4 == 4) => self.receive_packet(payload, from),
-            ETHERTYPE_IPV6 if self.ipv6 && payload.first().is_some_and(|byte| byte >> 4 == 6) => self.receive_packet(payload, from),
+            ETHERTYPE_IPV6 if self.ipv6 && payload.first().is_some_and(|byte| byte >> 4 == 6) => {
+                self.receive_packet(payload, from)
+            }
             _ => {}
         }
     }
@@ -207,8 +216,12 @@ impl Stack {
         match packet.protocol {
             packet::UDP if from_guest || packet.source.is_unspecified() => self.receive_udp(packet, from_guest),
             packet::TCP if from_guest => self.tcp.receive(packet, &mut self.shared),
-            packet::ICMP | packet::ICMPV6 if from_guest && icmp::is_echo_request(packet) => self.ping.receive(packet, &mut self.shared),
-            packet::ICMPV6 if packet.source.is_ipv6() && self.shared.link.receive_neighbor_discovery(packet, from) => self.advertise(),
+            packet::ICMP | packet::ICMPV6 if from_guest && icmp::is_echo_request(packet) => {
+                self.ping.receive(packet, &mut self.shared)
+            }
+            packet::ICMPV6 if packet.source.is_ipv6() && self.shared.link.receive_neighbor_discovery(packet, from) => {
+                self.advertise()
+            }
             _ => {}
         }
     }
@@ -227,7 +240,8 @@ impl Stack {
         if !from_guest || from == 0 || to == 0 {
             return;
         }
-        let key = FlowKey { guest: SocketAddr::new(packet.source, from), remote: SocketAddr::new(packet.destination, to) };
+        let key =
+            FlowKey { guest: SocketAddr::new(packet.source, from), remote: SocketAddr::new(packet.destination, to) };
         if !self.forwards.answer(key, data, self.shared.now) {
             self.udp.receive(packet, key, data, &mut self.shared);
         }

@@ -91,7 +91,8 @@ impl UdpTable {
         {
             self.remove(oldest);
         }
-        let flow = Flow { key, host, dns, answered: true, ever_answered: false, readable: false, last_active: shared.now };
+        let flow =
+            Flow { key, host, dns, answered: true, ever_answered: false, readable: false, last_active: shared.now };
         let id = self.flows.insert(flow);
         self.by_key.insert(key, id);
         let flow = self.flows.get_mut(id)?;
@@ -173,7 +174,8 @@ impl UdpTable {
             (None, true) => IDLE,
             (None, false) => UNANSWERED,
         };
-        let old: Vec<_> = self.flows.iter().filter(|(_, flow)| flow.last_active + patience(flow) < now).map(|(id, _)| id).collect();
+        let old: Vec<_> =
+            self.flows.iter().filter(|(_, flow)| flow.last_active + patience(flow) < now).map(|(id, _)| id).collect();
         for id in old {
             if let Some(server) = self.flows.get_mut(id).filter(|flow| !flow.answered).and_then(|flow| flow.dns) {
                 shared.resolver.failed(server, now);

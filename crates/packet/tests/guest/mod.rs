@@ -22,8 +22,10 @@ use smoltcp::{
 use vireo_packet::{Backend, MacAddress, Offloads};
 
 pub const HEADER: usize = 12;
-pub const NO_OFFLOADS: Offloads = Offloads { checksum_in: false, checksum_out: false, segmentation_in: false, segmentation_out: false };
-pub const ALL_OFFLOADS: Offloads = Offloads { checksum_in: true, checksum_out: true, segmentation_in: true, segmentation_out: true };
+pub const NO_OFFLOADS: Offloads =
+    Offloads { checksum_in: false, checksum_out: false, segmentation_in: false, segmentation_out: false };
+pub const ALL_OFFLOADS: Offloads =
+    Offloads { checksum_in: true, checksum_out: true, segmentation_in: true, segmentation_out: true };
 pub const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -92,7 +94,10 @@ pub fn as_a_driver_would(frame: &[u8]) -> Vec<Vec<u8>> {
 /// RFC 1071, the slow and obvious way.
 fn sum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
-    let total = words.fold(0u32, |total, word| { let next = total + word; (next & 0xffff) + (next >> 16) });
+    let total = words.fold(0u32, |total, word| {
+        let next = total + word;
+        (next & 0xffff) + (next >> 16)
+    });
     total as u16
 }
 
@@ -272,7 +277,8 @@ impl Guest {
     }
 
     pub fn add_tcp(&mut self, buffer: usize) -> SocketHandle {
-        let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(vec![0; buffer]), tcp::SocketBuffer::new(vec![0; buffer]));
+        let mut socket =
+            tcp::Socket::new(tcp::SocketBuffer::new(vec![0; buffer]), tcp::SocketBuffer::new(vec![0; buffer]));
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(None);
         self.sockets.add(socket)
@@ -310,7 +316,12 @@ impl Guest {
     pub fn read(&mut self, handle: SocketHandle, into: &mut Vec<u8>) {
         let socket = self.tcp(handle);
         while socket.can_recv() {
-            socket.recv(|data| { into.extend_from_slice(data); (data.len(), ()) }).unwrap();
+            socket
+                .recv(|data| {
+                    into.extend_from_slice(data);
+                    (data.len(), ())
+                })
+                .unwrap();
         }
     }
 

@@ -22,6 +22,9 @@ use crate::user::{
 
 /// How long the guest may leave data unacknowledged, as long as Linux waits with `tcp_retries2`.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
+/// RFC 5382, REQ-5: open connections, and those of which only an acknowledgement of the end is missing.
+const IDLE_LIMIT: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
+const CLOSING_LIMIT: Duration = Duration::from_secs(4 * 60);
 /// How long it may take to answer a SYN.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(75);
 
@@ -93,7 +96,12 @@ impl Connection {
     }
 
     /// The active end of a connection to the guest.
-    pub(crate) fn connecting(interface: &mut Interface, guest: SocketAddr, remote: SocketAddr, used: usize) -> io::Result<Self> {
+    pub(crate) fn connecting(
+        interface: &mut Interface,
+        guest: SocketAddr,
+        remote: SocketAddr,
+        used: usize,
+    ) -> io::Result<Self> {
         let mut connection = Self::new(buffer::size_for(used))?;
         let (peer, local) = (IpEndpoint::from(guest), IpEndpoint::from(remote));
         connection.socket().connect(interface.context(), peer, local).map_err(|_| ErrorKind::InvalidInput)?;
@@ -118,7 +126,8 @@ impl Connection {
     pub(crate) fn receive(&mut self, interface: &mut Interface, device: &mut FlowDevice<'_>, now: Instant) {
         interface.poll_ingress_single(now, device, &mut self.sockets);
         // From Closed it can no longer be told whether the guest had finished.
-        self.guest_finished |= matches!(self.state(), State::CloseWait | State::Closing | State::LastAck | State::TimeWait);
+        self.guest_finished |=
+            matches!(self.state(), State::CloseWait | State::Closing | State::LastAck | State::TimeWait);
     }
 
     /// Ends it with a reset to the guest.
@@ -128,17 +137,41 @@ impl Connection {
     }
 
     /// Moves what can be moved, both ways.
-    pub(crate) fn service(&mut self, host: &Socket, interface: &mut Interface, device: &mut FlowDevice<'_>, now: Instant) -> Step {
-        if !self.established && self.socket().may_send() {
-            self.established = true;
-            self.socket().set_timeout(Some(PATIENCE.into()));
-        }
+    pub(crate) fn service(
+        &mut self,
+        host: &Socket,
+        interface: &mut Interface,
+        device: &mut FlowDevice<'_>,
+        now: Instant,
+    ) -> Step {
+        self.established |= self.socket().may_send();
         if let Err(_error) = self.guest_to_host(host).and_then(|()| self.host_to_guest(host)) {
             // The peer is gone, whatever the reason; all that TCP has to tell the guest is a reset.
             self.abort();
         }
+        self.set_timeout();
         while interface.poll_egress(now, device, &mut self.sockets) == PollResult::SocketStateChanged {}
         self.next_step(interface, device, now)
+    }
+
+    /// The stack's timeout ends idle connections too, so it is only set while the guest owes an acknowledgement of data.
+    fn set_timeout(&mut self) {
+        let established = self.established;
+        let socket = self.socket();
+        let timeout = match (established, socket.send_queue()) {
+            (false, _) => Some(HANDSHAKE_PATIENCE),
+            (true, 0) => None,
+            (true, _) => Some(PATIENCE),
+        };
+        socket.set_timeout(timeout.map(Into::into));
+    }
+
+    /// How long nothing may happen before it is given up.
+    pub(crate) fn idle_limit(&mut self) -> Duration {
+        match self.state() {
+            State::FinWait1 | State::Closing | State::LastAck | State::TimeWait | State::Closed => CLOSING_LIMIT,
+            _ => IDLE_LIMIT,
+        }
     }
 
     fn guest_to_host(&mut self, host: &Socket) -> io::Result<()> {
@@ -203,7 +236,9 @@ impl Connection {
         let in_order = self.guest_finished && self.host_finished && !self.broken;
         match state {
             // The peer outside has yet to take the last bytes.
-            State::TimeWait | State::Closed if waits_for_host && self.guest_finished && !self.broken => return Step::Wait(None),
+            State::TimeWait | State::Closed if waits_for_host && self.guest_finished && !self.broken => {
+                return Step::Wait(None);
+            }
             // Nothing is lost on this wire, so nobody needs us to linger in TIME-WAIT.
             State::TimeWait | State::Listen => return Step::Over { in_order },
             State::Closed if quiet => return Step::Over { in_order },

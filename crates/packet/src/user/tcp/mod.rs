@@ -34,8 +34,6 @@ use super::{
 };
 
 pub(crate) const MAX_FLOWS: usize = 1024;
-/// RFC 5382, REQ-5.
-const IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
 /// What is idle this long makes room for a new connection if there is none.
 const IDLE_UNDER_PRESSURE: Duration = Duration::from_secs(300);
 /// The kernel gives up a connect after about two minutes.
@@ -47,7 +45,10 @@ const SMALLEST_SEGMENT: usize = 48;
 
 enum Phase {
     /// The host's socket is connecting; the SYN waits for the outcome.
-    Connecting { syn: Vec<u8>, alternatives: Vec<SocketAddr> },
+    Connecting {
+        syn: Vec<u8>,
+        alternatives: Vec<SocketAddr>,
+    },
     Open(Box<Connection>),
 }
 
@@ -134,6 +135,13 @@ impl TcpTable {
             self.remove(id, false);
         }
         self.offloads_changed(shared);
+        // Which of the others were in a list that is lost is not known.
+        self.queued.clear();
+        self.stalled.clear();
+        self.queued.extend(self.flows.iter_mut().map(|(id, flow)| {
+            (flow.queued, flow.stalled) = (true, false);
+            id
+        }));
     }
 
     /// A packet of the guest.
@@ -181,7 +189,14 @@ impl TcpTable {
             }
     }
 
-    fn receive_for(&mut self, id: SlotId, packet: &Packet<'_>, reset: bool, segment: Option<usize>, shared: &mut Shared) {
+    fn receive_for(
+        &mut self,
+        id: SlotId,
+        packet: &Packet<'_>,
+        reset: bool,
+        segment: Option<usize>,
+        shared: &mut Shared,
+    ) {
         let now = self.stack_time(shared.now);
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.segment = segment.unwrap_or(flow.segment);
@@ -233,7 +248,13 @@ impl TcpTable {
     }
 
     /// A connection from outside that is to go to the guest. False if there is no room for it.
-    pub(crate) fn open_to_guest(&mut self, host: Socket, guest: SocketAddr, client: SocketAddr, shared: &mut Shared) -> bool {
+    pub(crate) fn open_to_guest(
+        &mut self,
+        host: Socket,
+        guest: SocketAddr,
+        client: SocketAddr,
+        shared: &mut Shared,
+    ) -> bool {
         if !self.make_room(shared.now) {
             return false;
         }
@@ -259,13 +280,33 @@ impl TcpTable {
             _ => shared.link.addresses.gateway_like(guest.ip()),
         };
         let is_free = |port: &u16| !self.by_key.contains_key(&FlowKey { guest, remote: SocketAddr::new(ip, *port) });
-        let port = std::iter::once(client.port()).chain((0..=16383).map(|i| 49152 | (self.next_port.wrapping_add(i) & 16383))).find(is_free)?;
+        let port = std::iter::once(client.port())
+            .chain((0..=16383).map(|i| 49152 | (self.next_port.wrapping_add(i) & 16383)))
+            .find(is_free)?;
         self.next_port = self.next_port.wrapping_add(1);
         Some(FlowKey { guest, remote: SocketAddr::new(ip, port) })
     }
 
-    fn insert(&mut self, key: FlowKey, host: Socket, phase: Phase, first_sequence: Option<u32>, segment: usize, shared: &Shared) -> Option<SlotId> {
-        let flow = Flow { key, host, phase, first_sequence, segment, last_active: shared.now, queued: false, stalled: false, armed: None };
+    fn insert(
+        &mut self,
+        key: FlowKey,
+        host: Socket,
+        phase: Phase,
+        first_sequence: Option<u32>,
+        segment: usize,
+        shared: &Shared,
+    ) -> Option<SlotId> {
+        let flow = Flow {
+            key,
+            host,
+            phase,
+            first_sequence,
+            segment,
+            last_active: shared.now,
+            queued: false,
+            stalled: false,
+            armed: None,
+        };
         let id = self.flows.insert(flow);
         self.by_key.insert(key, id);
         let watched = self.flows.get_mut(id).map(|flow| shared.poller.watch_edges(&flow.host, Token::Tcp(id)));
@@ -344,7 +385,9 @@ impl TcpTable {
     fn accept(&mut self, id: SlotId, syn: &[u8], readiness: Readiness, shared: &mut Shared) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let segment = flow.segment;
-        let (Ok(mut connection), Some(packet)) = (Connection::listening(flow.key.remote, self.buffer_bytes), Packet::parse(syn)) else {
+        let (Ok(mut connection), Some(packet)) =
+            (Connection::listening(flow.key.remote, self.buffer_bytes), Packet::parse(syn))
+        else {
             self.remove(id, false);
             return;
         };
@@ -434,11 +477,15 @@ impl TcpTable {
 
     /// Ends what was idle for too long.
     pub(crate) fn expire(&mut self, now: Instant) {
-        let patience = |flow: &Flow| match flow.phase {
+        let limit = |flow: &mut Flow| match &mut flow.phase {
             Phase::Connecting { .. } => CONNECT_PATIENCE,
-            Phase::Open(_) => IDLE,
+            Phase::Open(connection) => connection.idle_limit(),
         };
-        let old: Vec<_> = self.flows.iter().filter(|(_, flow)| flow.last_active + patience(flow) < now).map(|(id, _)| id).collect();
+        let old: Vec<_> = self
+            .flows
+            .iter_mut()
+            .filter_map(|(id, flow)| (flow.last_active + limit(flow) < now).then_some(id))
+            .collect();
         for id in old {
             match self.flows.get_mut(id).map(|flow| &mut flow.phase) {
                 Some(Phase::Open(connection)) => {
@@ -462,6 +509,9 @@ impl TcpTable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 /// How much payload the guest takes in one segment: its MSS, as far as ours allows.
 fn segment_size(tcp: &TcpPacket<&[u8]>, packet: &Packet<'_>) -> usize {
