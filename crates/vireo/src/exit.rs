@@ -36,10 +36,10 @@ impl fmt::Display for Failure {
 impl Error for Failure {}
 
 /// Prints a failure and gives the process its exit code.
-pub fn report(result: Result<ExitCode, Failure>) -> process::ExitCode {
+pub fn report(result: Result<u8, Failure>) -> process::ExitCode {
     let code = result.unwrap_or_else(|failure| {
         eprintln!("vireo: {failure}");
-        failure.code
+        failure.code as u8
     });
-    process::ExitCode::from(code as u8)
+    process::ExitCode::from(code)
 }
