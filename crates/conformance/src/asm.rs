@@ -126,6 +126,7 @@ macro_rules! code {
         std::arch::global_asm!(
             ".pushsection .rodata.vireo_conformance, \"a\"",
             crate::asm::prelude!(),
+            ".p2align 4", // alignment inside counts from the start
             concat!(".global vireo_conformance_", $symbol),
             concat!(".hidden vireo_conformance_", $symbol),
             concat!("vireo_conformance_", $symbol, ":"),

@@ -93,6 +93,7 @@ table! { $
         descriptor_tables,
     }
     protected {
-        exceptions, traps_of_old, limits, call_gates, legacy_paging, pae_paging, rings_and_sysenter, virtual_8086,
+        exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, pae_paging, rings_and_sysenter,
+        virtual_8086,
     }
 }

@@ -173,21 +173,23 @@ code!(runtime_protected, "runtime_protected", r#"
     .p2align 4, 0x90
 20: // stack: DS, eight registers, vector, error code, EIP, CS, EFLAGS
     pushad
-    push ds
+    .byte 0x1e // PUSH DS: of 32 bits, which the assembler does not choose
     push 0x18
-    pop ds
+    .byte 0x1f
     mov ecx, [esp + 36]
     mov eax, [0x7000 + ecx * 8]
     test eax, eax
     jz 21f
     mov [esp + 36], eax
-    pop ds
+    .byte 0x1f
     popad
     ret
-21: cmp ecx, 0x80
+21: test edi, edi
+    jnz 28f
+    cmp ecx, 4
     je 25f
-    test edi, edi
-    jz 26f
+    jmp 26f
+28:
     mov edx, 0x500
     mov eax, [esp + 48]
     and eax, 3
@@ -212,7 +214,7 @@ code!(runtime_protected, "runtime_protected", r#"
 23: mov [esp + 44], edi
     mov dword ptr [esp + 4], 0
     and dword ptr [esp + 52], 0xfffefeff
-    pop ds
+    .byte 0x1f
     popad
     add esp, 8
     iretd
@@ -222,7 +224,7 @@ code!(runtime_protected, "runtime_protected", r#"
     mov eax, [esp + 32]
     mov edx, 0x500
     out dx, eax
-    pop ds
+    .byte 0x1f
     popad
     add esp, 8
     iretd

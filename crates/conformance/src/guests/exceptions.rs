@@ -238,27 +238,36 @@ guest! {
 }
 
 guest! {
-    /// #SS by a push to a stack that is not canonical: through an IST stack, and as #DF without one.
-    exceptions bad_stack_pointer, Long, Reports(&[12, 0, 0, 0x8000, 8, 0, 0, 0x8000]),
+    /// Pushes to a stack that is not canonical (#SS, by the address and not by RSP) or just below (#PF),
+    /// through an IST stack; #DF without one.
+    exceptions bad_stack_pointer, Long,
+    Reports(&[12, 0, 0, 0x8008, 14, 2, 0, 0xffff_fff8, 8, 0, 0, 0x8018]),
     r#"
         mov byte ptr [0x2000 + 16 * 12 + 4], 2
+        mov byte ptr [0x2000 + 16 * 14 + 4], 2
         mov rbx, rsp
-        mov rsp, 0x800000001000
+        mov rsp, 0x800000000008
         CATCH push rax
         mov rax, rsp
         mov rsp, rbx
+        mov rcx, rax
         shr rax, 32
+        or eax, ecx
         REPORT eax
+        mov rsp, 0x800000000000
+        CATCH push rax
+        // without one: the frame starts at a multiple of 16, and its first push must not be canonical either
         mov byte ptr [0x2000 + 16 * 12 + 4], 0
-        mov rsp, 0x800000001000
+        mov rsp, 0x800000000018
         CATCH push rax
         mov rax, rsp
         mov rsp, rbx
+        mov rcx, rax
         shr rax, 32
+        or eax, ecx
         REPORT eax
         DONE
-    "#,
-    emulator_errs: Some("raises #DF at once"),
+    "#
 }
 
 guest! {

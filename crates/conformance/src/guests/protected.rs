@@ -78,7 +78,7 @@ macro_rules! protected_guest {
 
 protected_guest! {
     /// Faults with their error codes in 32-bit frames.
-    exceptions, &[0, 0, 0, 13, 0x1000, 0, 11, 0x50, 0, 12, 0x50, 0, 13, 0x182, 0x55, 0x30d, 0, 0, 0x77],
+    exceptions, &[0, 0, 0, 13, 0x1000, 0, 11, 0x50, 0, 12, 0x50, 0, 13, 0x182, 0, 0x55, 0x30d, 0, 0, 0x77],
     r#"
         xor edx, edx
         xor ecx, ecx
@@ -211,6 +211,25 @@ protected_guest! {
 }
 
 protected_guest! {
+    /// IRET with NT set returns to the task that the TSS links to: #TS with its selector where that is none.
+    invalid_tss, &[10, 0x18, 0, 10, 0, 0, 0x77],
+    r#"
+        mov word ptr [0x1800], 0x18
+        pushfd
+        or dword ptr [esp], 0x4000
+        popfd
+        CATCHX iretd
+        mov word ptr [0x1800], 0
+        CATCHX iretd
+        pushfd
+        and dword ptr [esp], 0xffffbfff
+        popfd
+        REPORTX 0x77
+        DONE
+    "#
+}
+
+protected_guest! {
     /// Two-level paging: 4 KiB and 4 MiB pages, error codes, A and D; CR4.PSE decides about PS.
     legacy_paging, &[
         0x1111, 0x60027, 0x90063, 14, 0, 0, 0x0080_0000, 14, 2, 0, 0x0080_1000, 0x2222, 0x40_00a3, 14, 3, 0, 0x0080_0000,
@@ -258,8 +277,8 @@ protected_guest! {
 }
 
 protected_guest! {
-    /// PAE: page-directory pointers are loaded with CR3 and checked there; 2 MiB and 4 KiB pages; NX.
-    pae_paging, &[0x1111, 0x2222, 0x90063, 13, 0, 0, 14, 0x11, 0, 0x4020_0000, 0x3333, 0x77],
+    /// PAE: page-directory pointers are loaded with CR3; 2 MiB and 4 KiB pages; NX.
+    pae_paging, &[0x1111, 0x2222, 0x90063, 14, 0x11, 0, 0x4020_0000, 0x3333, 0x77],
     r#"
         mov dword ptr [0x70000], 0x71001 // 0: 2 MiB pages
         mov dword ptr [0x70008], 0x72001 // 0x40000000
@@ -288,12 +307,6 @@ protected_guest! {
         REPORTX [ebx + 0x200000]
         mov [ebx + 0x200004], eax
         REPORTX [0x60000]
-        // reserved bits in a page-directory pointer: #GP at the load
-        mov dword ptr [0x70010], 0x72003
-        mov eax, 0x70000
-        CATCHX mov cr3, eax
-        mov dword ptr [0x70010], 0
-        mov cr3, eax
         // NX
         mov dword ptr [0x60004], 0x80000000
         invlpg [ebx + 0x200000]
@@ -304,6 +317,7 @@ protected_guest! {
         mov dword ptr [0x73000], 0x200083
         mov dword ptr [0x200010], 0x3333
         mov dword ptr [0x70008], 0x73001
+        mov eax, 0x70000
         mov cr3, eax
         REPORTX [ebx + 0x10]
         mov eax, cr0
@@ -318,7 +332,7 @@ protected_guest! {
 
 protected_guest! {
     /// SYSENTER and SYSEXIT: flat segments, ESP and EIP by MSR and register; #GP with a null SYSENTER_CS.
-    rings_and_sysenter, &[0x30d, 0, 0, 0x08, 0x10, 0x39000, 2, 0x66, 0x1b, 0x23, 0x4ff00, 0x77],
+    rings_and_sysenter, &[0x30d, 0, 0, 0x10, 0x18, 0x39000, 2, 0x66, 0x23, 0x2b, 0x4ff00, 0x77],
     r#"
         mov ecx, 0x174
         xor eax, eax
@@ -327,9 +341,9 @@ protected_guest! {
         USER
         CATCHX sysenter
         KERNEL
-        // SYSENTER_CS 8: CS 0x08, SS 0x10 (no matter what the table says there), then 0x18 + 3 and 0x20 + 3
+        // SYSENTER_CS 0x10: CS 0x10, flat and of 32 bits whatever the table says there, SS 0x18; back to 0x23, 0x2b
         mov ecx, 0x174
-        mov eax, 8
+        mov eax, 0x10
         xor edx, edx
         wrmsr
         mov ecx, 0x175
@@ -360,8 +374,6 @@ protected_guest! {
         REPORTXU eax
         mov eax, esp
         REPORTXU eax
-        mov eax, 0x2b
-        mov ss, eax
         KERNEL
         REPORTX 0x77
         DONE
