@@ -280,3 +280,38 @@ fn a_masked_line_is_silent_and_lines_can_be_many() {
         assert!(irr(&*vcpu, 0x50 + i), "line {i}");
     }
 }
+
+#[test]
+fn an_ioeventfd_takes_writes_from_the_bus_until_it_is_removed() {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    // MMIO at 0x90000: RAM ends below it
+    let memory = GuestMemory::new(0x80000, 0x80000).unwrap();
+    #[rustfmt::skip]
+    memory.write(0x1000, &[
+        0xb8, 0x00, 0x90,       //    mov ax, 0x9000
+        0x8e, 0xd8,             //    mov ds, ax
+        0xa2, 0x10, 0x00,       // 1: mov [0x10], al
+        0xa3, 0x10, 0x00,       //    mov [0x10], ax
+        0xe6, 0x21,             //    out 0x21, al
+        0xeb, 0xf6,             //    jmp 1b
+    ]).unwrap();
+    let Some(engine) = engine("an_ioeventfd_takes_writes_from_the_bus_until_it_is_removed", &memory) else { return };
+    let mut vcpu = vcpu(&engine, 0, 1);
+    vcpu.set_state(&real_mode()).unwrap();
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    // SAFETY: `event` outlives the borrow.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    assert!(engine.ioeventfd(0x90010, 2, fd));
+    assert!(!engine.ioeventfd(0x90010, 2, fd), "twice");
+    let bus = ports(&*vcpu);
+    assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+    assert_eq!(event.read().unwrap(), 2);
+    assert_eq!(vcpu.stats().exits.get("mmio_write"), None);
+    engine.remove_ioeventfd(0x90010, 2, fd);
+    assert_eq!(vcpu.run(&bus).unwrap(), Exit::Kicked);
+    assert!(event.read().is_err());
+    assert_eq!(vcpu.stats().exits["mmio_write"], 2);
+}
