@@ -1,7 +1,8 @@
 //! Builds a Debian image: `cargo run -p vireo-image --example build -- [SUITE] [PACKAGE]…`.
 //!
 //! `VIREO_STATE` names the state directory, `VIREO_DEBIAN_MIRROR` an archive instead of the host's,
-//! `VIREO_ROOT_PASSWORD` a password for root at the console.
+//! `VIREO_ROOT_PASSWORD` a password for root at the console,
+//! `VIREO_BUILD_IN_MEMORY` (0 or 1) where to install.
 use std::{env, process::ExitCode, sync::Mutex, time::Instant};
 
 use vireo_image::{BuildOptions, ImageStore, Progress, StateDir, Step};
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         packages: words.collect(),
         mirror: env::var("VIREO_DEBIAN_MIRROR").ok(),
         root_password: env::var("VIREO_ROOT_PASSWORD").ok(),
+        in_memory: env::var("VIREO_BUILD_IN_MEMORY").ok().map(|value| value == "1"),
         ..BuildOptions::default()
     };
     let progress = Lines { start: Instant::now(), last: Mutex::new(("", 0)) };

@@ -16,18 +16,28 @@ pub struct Guest<'a> {
     pub has_ssh_server: bool,
 }
 
-/// Excluded from the start, so that dpkg in the guest leaves them out too. Copyright files stay.
-pub const DPKG_EXCLUDES: &str = "\
-# Written by vireo image build. Remove this file and reinstall a package to have its documentation.
-path-exclude=/usr/share/doc/*
-path-include=/usr/share/doc/*/copyright
-path-exclude=/usr/share/man/*
-path-exclude=/usr/share/info/*
-path-exclude=/usr/share/lintian/*
-path-exclude=/usr/share/locale/*
-path-include=/usr/share/locale/locale.alias
-path-exclude=/boot/System.map-*
-";
+/// What packages bring that a machine does not need to run: left out from the start, and by dpkg in the guest too.
+const EXCLUDED: [&str; 6] =
+    ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/lintian/*", "/usr/share/locale/*", "/boot/System.map-*"];
+
+/// What stays of it: licences, and the names of locales.
+const INCLUDED: [&str; 2] = ["/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias"];
+
+/// Whether a path of a package (without a leading slash) is left out.
+pub fn is_excluded(path: &str) -> bool {
+    let matches = |pattern: &&str| {
+        let (start, end) = pattern.trim_start_matches('/').split_once('*').unwrap_or((pattern.trim_start_matches('/'), ""));
+        path.len() >= start.len() + end.len() && path.starts_with(start) && path.ends_with(end)
+    };
+    EXCLUDED.iter().any(|pattern| matches(pattern)) && !INCLUDED.iter().any(|pattern| matches(pattern))
+}
+
+fn dpkg_excludes() -> String {
+    let mut text = "# Written by vireo image build. Remove this file and reinstall a package to have its documentation.\n".to_owned();
+    text.extend(EXCLUDED.iter().map(|pattern| format!("path-exclude={pattern}\n")));
+    text.extend(INCLUDED.iter().map(|pattern| format!("path-include={pattern}\n")));
+    text
+}
 
 const AGENT_UNIT: &str = "\
 [Unit]
@@ -105,7 +115,7 @@ pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<
     tree.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes())?;
     tree.file("etc/hosts", 0o644, HOSTS.as_bytes())?;
     tree.file("etc/fstab", 0o644, b"# The root file system is mounted by the initrd, as the kernel command line says.\n")?;
-    tree.file("etc/dpkg/dpkg.cfg.d/vireo", 0o644, DPKG_EXCLUDES.as_bytes())?;
+    tree.file("etc/dpkg/dpkg.cfg.d/vireo", 0o644, dpkg_excludes().as_bytes())?;
     // The VMM loads kernel and initrd from the image's directory: none is made in the guest.
     tree.file("etc/initramfs-tools/update-initramfs.conf", 0o644, b"update_initramfs=no\nbackup_initramfs=no\n")?;
     tree.file("usr/sbin/policy-rc.d", 0o755, b"#!/bin/sh\nexit 101\n")?;
@@ -142,4 +152,19 @@ pub fn write_last(tree: &mut TreeWriter<impl Write>, guest: &Guest<'_>) -> Resul
         tree.symlink("etc/systemd/system/sysinit.target.wants/vireo-agent.service", "/usr/lib/systemd/system/vireo-agent.service")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documentation_is_left_out_and_licences_stay() {
+        for path in ["usr/share/doc/bash/README", "usr/share/man/man1", "usr/share/locale/de/LC_MESSAGES/x.mo", "boot/System.map-6.1"] {
+            assert!(is_excluded(path), "{path}");
+        }
+        for path in ["usr/share/doc", "usr/share/doc/bash/copyright", "usr/share/locale/locale.alias", "usr/bin/man", "boot/vmlinuz-6.1"] {
+            assert!(!is_excluded(path), "{path}");
+        }
+    }
 }

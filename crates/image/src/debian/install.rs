@@ -14,7 +14,7 @@ use std::{
 use vireo_api::ByteSize;
 
 use super::{
-    guest::{Guest, write_first, write_last},
+    guest::{Guest, is_excluded, write_first, write_last},
     open_data, sandbox,
     sandbox::Privilege,
     selection::{ENABLED_UNITS, is_required},
@@ -34,6 +34,7 @@ pub struct Installation<'a> {
     pub guest: Guest<'a>,
     pub root_password: Option<&'a str>,
     pub size: ByteSize,
+    pub in_memory: Option<bool>,
     /// A directory for working files.
     pub work: &'a Path,
     /// The disk image to write.
@@ -90,7 +91,8 @@ impl Installation<'_> {
     fn memory_to_work_in(&self) -> u64 {
         let installed: u64 = self.selection.iter().map(|package| package.installed_bytes).sum();
         let wanted = installed + installed / 2 + (256 << 20);
-        if available_memory() > wanted.saturating_mul(2) { wanted } else { 0 }
+        let in_memory = self.in_memory.unwrap_or_else(|| available_memory() > wanted.saturating_mul(2));
+        if in_memory { wanted } else { 0 }
     }
 
     /// The lists, package files and last tree that `stage.sh` names.
@@ -136,7 +138,7 @@ impl Installation<'_> {
             if progress.cancelled() {
                 return Err(BuildError::Cancelled);
             }
-            tree.package(open_data(self.files, &package.name)?).map_err(named(&package.name))?;
+            tree.package(open_data(self.files, &package.name)?, is_excluded).map_err(named(&package.name))?;
             progress.advance(done as u64 + 1, required.len() as u64);
         }
         let finished = tree.finish().and_then(|mut stream| stream.flush());

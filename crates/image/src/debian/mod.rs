@@ -56,6 +56,8 @@ pub struct BuildOptions {
     pub hostname: String,
     /// Unless given, no password lets root in at the console.
     pub root_password: Option<String>,
+    /// Whether to install in memory rather than on the disk; unless given, free memory decides.
+    pub in_memory: Option<bool>,
     /// Where the host's apt configuration is.
     pub etc_apt: PathBuf,
 }
@@ -73,6 +75,7 @@ impl Default for BuildOptions {
             agent_version: None,
             hostname: "debian".to_owned(),
             root_password: None,
+            in_memory: None,
             etc_apt: "/etc/apt".into(),
         }
     }
@@ -175,6 +178,7 @@ pub fn build(store: &ImageStore, options: &BuildOptions, progress: &dyn Progress
             },
             root_password: options.root_password.as_deref(),
             size: options.size,
+            in_memory: options.in_memory,
             work: &stage.path,
             image: &image.join("root.raw"),
         };

@@ -68,13 +68,16 @@ impl<W: Write> TreeWriter<W> {
         self.put_symlink(path, target, header(tar::EntryType::Symlink, 0o777))
     }
 
-    /// Appends what a package's data member holds.
-    pub fn package(&mut self, data: impl Read) -> Result<(), TreeError> {
+    /// Appends what a package's data member holds, except for paths that `leave_out` names.
+    pub fn package(&mut self, data: impl Read, leave_out: fn(&str) -> bool) -> Result<(), TreeError> {
         let mut archive = tar::Archive::new(data);
         for entry in archive.entries()? {
             let mut entry = entry?;
             let path = String::from_utf8(entry.path_bytes().into_owned())
                 .map_err(|error| TreeError::Name(String::from_utf8_lossy(error.as_bytes()).into_owned()))?;
+            if leave_out(path.trim_start_matches("./").trim_end_matches('/')) {
+                continue;
+            }
             let target = match entry.link_name_bytes() {
                 None => String::new(),
                 Some(bytes) => String::from_utf8(bytes.into_owned()).map_err(|_| TreeError::Name(path.clone()))?,

@@ -23,7 +23,7 @@ fn data(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
 fn unpack(packages: &[Vec<u8>]) -> Result<Vec<(String, String)>, TreeError> {
     let mut writer = TreeWriter::new(Vec::new());
     for package in packages {
-        writer.package(&package[..])?;
+        writer.package(&package[..], |path| path == "out")?;
     }
     let stream = writer.finish()?;
     let mut archive = tar::Archive::new(&stream[..]);
@@ -45,6 +45,7 @@ fn keeps_a_plain_tree() {
         (Regular, "./usr/tool", "x"),
         (Link, "./usr/same", "./usr/tool"),
         (Symlink, "./usr/other", "/etc/alternatives/other"),
+        (Regular, "./out", "x"),
     ]);
     let wanted = [("usr/", ""), ("usr/tool", ""), ("usr/same", "usr/tool"), ("usr/other", "/etc/alternatives/other")];
     let wanted: Vec<_> = wanted.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
