@@ -88,7 +88,7 @@ fn restore_when_things_go_wrong() {
                 let mut action: libc::sigaction = mem::zeroed();
                 let mut previous: libc::sigaction = mem::zeroed();
                 action.sa_sigaction = on_fatal as *const () as usize;
-                action.sa_flags = libc::SA_ONSTACK;
+                action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
                 if libc::sigaction(*signal, std::ptr::null(), &mut previous) == 0 {
                     let _ = PREVIOUS[slot].set(previous);
                     libc::sigaction(*signal, &action, std::ptr::null_mut());
@@ -101,14 +101,20 @@ fn restore_when_things_go_wrong() {
 const FATAL: [libc::c_int; 5] = [libc::SIGABRT, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE];
 static PREVIOUS: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
 
-/// Restores the terminal and the handler that was there before. The faulting instruction runs again and meets that
-/// one; `abort` raises its signal again.
-extern "C" fn on_fatal(signal: libc::c_int) {
+/// Restores the terminal. If an instruction faulted, it runs again and meets the handler that was there before ours;
+/// a signal that someone sent (`abort` does) ends the process as if nobody had caught it.
+extern "C" fn on_fatal(signal: libc::c_int, info: *const libc::siginfo_t, _context: *const libc::c_void) {
     restore();
     let previous = FATAL.iter().position(|s| *s == signal).and_then(|slot| PREVIOUS[slot].get());
-    // SAFETY: `previous` came from sigaction; without one, zeroes mean the default action.
+    // SAFETY: the kernel gives a valid `info` to SA_SIGINFO handlers; `previous` came from sigaction, and zeroes mean
+    // the default action.
     unsafe {
+        let sent = (*info).si_code <= 0;
         let default: libc::sigaction = mem::zeroed();
-        libc::sigaction(signal, previous.unwrap_or(&default), std::ptr::null_mut());
+        let next = if sent { &default } else { previous.unwrap_or(&default) };
+        libc::sigaction(signal, next, std::ptr::null_mut());
+        if sent {
+            libc::raise(signal);
+        }
     }
 }
