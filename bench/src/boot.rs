@@ -1,0 +1,31 @@
+//! From nothing to the first user process, and off again.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    guest::{Guest, READY},
+    report::{Figure, Unit},
+    vmm::{Machine, Vmm},
+};
+
+pub fn measure(vmm: &Vmm, guest: &Guest, work: &Path, memory_mib: u64) -> Result<Vec<Figure>> {
+    let ramdisk = work.join("boot.cpio");
+    fs::write(&ramdisk, guest.bare_ramdisk())?;
+    let machine = Machine { kernel: &guest.kernel, ramdisk: &ramdisk, memory_mib, disk: None, user_network: false };
+    let finished = vmm.run(&machine)?;
+    let ready = finished.line(READY).context("init did not run")?;
+    let seconds = |name: &str, value| Figure { name: name.into(), unit: Unit::Seconds, value };
+    Ok(vec![
+        seconds("boot to /init, CPU", ready.cpu.as_secs_f64()),
+        seconds("boot to /init, wall", (ready.at - finished.started).as_secs_f64()),
+        seconds("boot to /init and off, CPU", finished.cpu.as_secs_f64()),
+        seconds("boot to /init and off, wall", finished.wall.as_secs_f64()),
+        Figure {
+            name: "peak memory outside guest RAM, boot".into(),
+            unit: Unit::MebiBytes,
+            value: finished.outside_guest_bytes as f64 / f64::from(1 << 20),
+        },
+    ])
+}
