@@ -6,7 +6,7 @@ mod guest;
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -62,10 +62,14 @@ fn tcp_of_all_kinds() {
         let Some(net) = world("linux_guest::tcp_of_all_kinds", config) else { return };
         let ports = (echo_server("127.0.0.1:0"), echo_server("198.51.100.1:0"), echo_server("[::1]:0"));
         let forward = SocketAddr::new([127, 0, 0, 1].into(), net.forwards()[0].host_port);
-        let client = thread::spawn(move || exchange(TcpStream::connect(forward).unwrap(), 3_000_000));
+        let (listening, listens) = mpsc::channel();
+        let client = thread::spawn(move || {
+            listens.recv().unwrap();
+            exchange(TcpStream::connect(forward).unwrap(), 3_000_000);
+        });
         linux::run(net.clone(), offloads, mtu, || {
-            // The client outside came before there was a guest, and waits for its first word.
             let listener = TcpListener::bind("0.0.0.0:80").unwrap();
+            listening.send(()).unwrap();
             exchange(TcpStream::connect(("10.0.2.2", ports.0)).unwrap(), 20_000_000);
             exchange(TcpStream::connect((OUTSIDE, ports.1)).unwrap(), 1_000_000);
             // The address comes by router advertisement and duplicate address detection.
