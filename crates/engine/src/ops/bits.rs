@@ -64,21 +64,13 @@ pub unsafe fn bit_mem<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 
 fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
     let access = if op.aux & 3 == 0 { Access::Read } else { Access::Write };
-    let mut operand = *op;
     let which = if op.aux & BY_REGISTER != 0 { cpu.reg::<T>(op.src).sext() } else { (op.imm & u64::from(T::BITS - 1)) as i64 };
     // A register offset reaches beyond the operand, in steps of its size, in either direction.
     let units = which >> T::BITS.trailing_zeros();
     let displaced = units.wrapping_mul(T::BYTES as i64);
     let bit = 1u64 << (which & i64::from(T::BITS - 1));
-    let at = if displaced == 0 {
-        cpu.ea(op, T::BYTES, access)?
-    } else if let Ok(sum) = i32::try_from(i64::from(op.disp).wrapping_add(displaced)) {
-        operand.disp = sum;
-        cpu.ea(&operand, T::BYTES, access)?
-    } else {
-        // Only 64-bit operands reach this far; address masks of narrower modes do not apply to them in practice.
-        cpu.ea(op, T::BYTES, access)?.wrapping_add(displaced as u64)
-    };
+    let offset = cpu.offset_of(op).wrapping_add(displaced as u64);
+    let at = cpu.ea_at(op, offset, T::BYTES, access)?;
     if op.aux & 3 == 0 {
         return Ok(cpu.load::<T>(at)?.to_u64() & bit != 0);
     }

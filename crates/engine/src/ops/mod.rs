@@ -117,6 +117,12 @@ impl Cpu {
     #[inline(always)]
     pub fn ea(&mut self, op: &Uop, bytes: usize, access: Access) -> Run<u64> {
         let offset = self.offset_of(op);
+        self.ea_at(op, offset, bytes, access)
+    }
+
+    /// As [`Self::ea`] from an offset that the caller computed: it is cut to the address size here.
+    #[inline(always)]
+    pub fn ea_at(&mut self, op: &Uop, offset: u64, bytes: usize, access: Access) -> Run<u64> {
         if op.asz == address::LONG {
             // SAFETY: `seg` is below 8.
             return Ok(offset.wrapping_add(unsafe { *self.seg_base.get_unchecked(op.seg as usize) }));

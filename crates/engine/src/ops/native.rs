@@ -85,12 +85,8 @@ impl Cpu {
         let bytes = stub.memory.bytes as usize;
         let write = stub.memory.access != MemoryAccess::Read;
         let access = if write { Access::Write } else { Access::Read };
-        let mut operand = *op;
-        if stub.memory.bit_offset.is_some() {
-            // Displacements beyond 2 GiB would need a 64-bit bit offset of that size.
-            operand.disp = op.disp.wrapping_add(stub.bit_displacement(&self.regs) as i32);
-        }
-        let at = self.ea(&operand, bytes, access)?;
+        let offset = self.offset_of(op).wrapping_add(stub.bit_displacement(&self.regs) as u64);
+        let at = self.ea_at(op, offset, bytes, access)?;
         if stub.memory.alignment > 1 && !at.is_multiple_of(u64::from(stub.memory.alignment)) {
             return self.gp(0);
         }
