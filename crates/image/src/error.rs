@@ -69,7 +69,9 @@ impl From<FetchError> for BuildError {
     fn from(error: FetchError) -> Self {
         match error {
             FetchError::Cancelled => Self::Cancelled,
-            FetchError::Cache { path, source } if source.kind() == io::ErrorKind::StorageFull => Self::io(&path)(source),
+            FetchError::Cache { path, source } if source.kind() == io::ErrorKind::StorageFull => {
+                Self::io(&path)(source)
+            }
             other => Self::Fetch(other),
         }
     }

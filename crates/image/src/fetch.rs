@@ -33,7 +33,9 @@ pub enum FetchError {
     Read { url: String, source: io::Error },
     #[error("{url} is larger than it may be ({limit} bytes)")]
     TooLarge { url: String, limit: u64 },
-    #[error("{url} is not what the signed index says (size {expected_bytes}, SHA-256 {expected}; got size {bytes}, SHA-256 {got}); the mirror is damaged or being changed: try again later or name another one with --mirror")]
+    #[error(
+        "{url} is not what the signed index says (size {expected_bytes}, SHA-256 {expected}; got size {bytes}, SHA-256 {got}); the mirror is damaged or being changed: try again later or name another one with --mirror"
+    )]
     Mismatch { url: String, expected: Sha256Sum, expected_bytes: u64, got: Sha256Sum, bytes: u64 },
     #[error("the proxy '{0}' of the apt configuration is no address of a proxy")]
     Proxy(String),
@@ -200,7 +202,12 @@ impl Cache {
 
     /// Brings all files into the cache, several at a time, and returns their paths in the same order.
     /// What is there already is read again and checked, not trusted.
-    pub fn fetch_all(&self, http: &Http, files: &[Wanted], progress: &dyn Progress) -> Result<Vec<PathBuf>, FetchError> {
+    pub fn fetch_all(
+        &self,
+        http: &Http,
+        files: &[Wanted],
+        progress: &dyn Progress,
+    ) -> Result<Vec<PathBuf>, FetchError> {
         let meter = Meter { done: AtomicU64::new(0), total: files.iter().map(|file| file.size_bytes).sum(), progress };
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
@@ -259,7 +266,13 @@ impl Cache {
 }
 
 /// Completes the partial file `part` from where it ends, and checks the whole.
-fn fill(agent: &ureq::Agent, file: &Wanted, part: &mut File, meter: &Meter<'_>, counted: &mut u64) -> Result<(), FetchError> {
+fn fill(
+    agent: &ureq::Agent,
+    file: &Wanted,
+    part: &mut File,
+    meter: &Meter<'_>,
+    counted: &mut u64,
+) -> Result<(), FetchError> {
     let read_error = |source| FetchError::Read { url: file.url.clone(), source };
     let mut have = part.seek(SeekFrom::End(0)).map_err(read_error)?;
     if have > file.size_bytes {

@@ -27,7 +27,10 @@ mod store;
 mod testing;
 mod verify;
 
-pub use deb::{control::ControlError, package_file::PackageFileError, packages::IndexError, relation::RelationError, release::ReleaseError, resolve::ResolveError};
+pub use deb::{
+    control::ControlError, package_file::PackageFileError, packages::IndexError, relation::RelationError,
+    release::ReleaseError, resolve::ResolveError,
+};
 pub use debian::{BuildOptions, check_host, initrd::InitrdError, sandbox::SandboxError, suites, tree::TreeError};
 pub use digest::{Sha256Sum, SumError};
 pub use error::BuildError;

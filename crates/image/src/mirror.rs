@@ -21,9 +21,13 @@ use crate::{
 /// Why no archive can be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MirrorError {
-    #[error("this host's apt configuration names no Debian archive; name one with --mirror URL or VIREO_DEBIAN_MIRROR (the address that ends where 'dists' begins)")]
+    #[error(
+        "this host's apt configuration names no Debian archive; name one with --mirror URL or VIREO_DEBIAN_MIRROR (the address that ends where 'dists' begins)"
+    )]
     NoSource,
-    #[error("no keys to verify a Debian archive with were found; install them: apt-get install debian-archive-keyring (Fedora: dnf install debian-keyring)")]
+    #[error(
+        "no keys to verify a Debian archive with were found; install them: apt-get install debian-archive-keyring (Fedora: dnf install debian-keyring)"
+    )]
     NoKeyring,
     #[error("'{0}' is no address of an archive: it must begin with http:// or https://")]
     Address(String),
@@ -33,7 +37,9 @@ pub enum MirrorError {
     Release { url: String, source: ReleaseError },
     #[error("{url} describes {origin} '{codename}' instead of Debian '{wanted}'")]
     Other { url: String, origin: String, codename: String, wanted: String },
-    #[error("{url} expired {days} days ago: the mirror is stale or the connection is tampered with; name another one with --mirror, or check this host's clock")]
+    #[error(
+        "{url} expired {days} days ago: the mirror is stale or the connection is tampered with; name another one with --mirror, or check this host's clock"
+    )]
     Expired { url: String, days: u64 },
     #[error("{url} is dated in the future: check this host's clock")]
     Future { url: String },
@@ -67,7 +73,17 @@ pub struct Host<'a> {
 
 /// Suites of Debian as a source may name them; others are not asked, they belong to someone else.
 const KNOWN_SUITES: [&str; 11] = [
-    "buster", "bullseye", "bookworm", "trixie", "forky", "sid", "stable", "oldstable", "oldoldstable", "testing", "unstable",
+    "buster",
+    "bullseye",
+    "bookworm",
+    "trixie",
+    "forky",
+    "sid",
+    "stable",
+    "oldstable",
+    "oldoldstable",
+    "testing",
+    "unstable",
 ];
 const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp"];
@@ -112,7 +128,13 @@ impl Host<'_> {
         Ok((SuiteAddress { uri, suite: wanted, ..archive.clone() }, false))
     }
 
-    fn address(&self, uri: String, suite: &str, keys: &Keys, check_valid_until: bool) -> Result<SuiteAddress, MirrorError> {
+    fn address(
+        &self,
+        uri: String,
+        suite: &str,
+        keys: &Keys,
+        check_valid_until: bool,
+    ) -> Result<SuiteAddress, MirrorError> {
         Ok(SuiteAddress { uri, suite: suite.to_owned(), keyring: self.keyring(keys)?, check_valid_until })
     }
 
@@ -189,7 +211,13 @@ impl Reader<'_> {
     }
 
     /// Fetches the package index of a suite's `main` and adds it to `index`.
-    pub fn read_index(&self, suite: &Suite, number: usize, architecture: &str, index: &mut Index) -> Result<(), MirrorError> {
+    pub fn read_index(
+        &self,
+        suite: &Suite,
+        number: usize,
+        architecture: &str,
+        index: &mut Index,
+    ) -> Result<(), MirrorError> {
         let base = format!("{}/dists/{}", suite.address.uri, suite.address.suite);
         let dir = format!("main/binary-{architecture}");
         let name = ["xz", "gz"].map(|suffix| format!("{dir}/Packages.{suffix}"));
@@ -208,8 +236,11 @@ impl Reader<'_> {
 
 fn decompress(path: &Path, name: &str) -> std::io::Result<String> {
     let file = fs::File::open(path)?;
-    let reader: Box<dyn Read> =
-        if name.ends_with(".xz") { Box::new(xz2::read::XzDecoder::new(file)) } else { Box::new(flate2::read::GzDecoder::new(file)) };
+    let reader: Box<dyn Read> = if name.ends_with(".xz") {
+        Box::new(xz2::read::XzDecoder::new(file))
+    } else {
+        Box::new(flate2::read::GzDecoder::new(file))
+    };
     let mut text = String::new();
     let bytes = reader.take(INDEX_LIMIT).read_to_string(&mut text)?;
     if bytes as u64 == INDEX_LIMIT {

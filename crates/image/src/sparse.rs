@@ -8,7 +8,7 @@ use crate::digest::{Sha256Sum, Summing};
 
 /// Where zeros are found in pieces of this size they are given back to the host.
 const PIECE: usize = 64 << 10;
-const ZEROS: [u8; PIECE] = [0; PIECE];
+static ZEROS: [u8; PIECE] = [0; PIECE];
 
 /// Sums a disk image up and digs holes where it stores zeros: mke2fs writes its empty inode tables out.
 ///

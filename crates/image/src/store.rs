@@ -22,7 +22,9 @@ use crate::{
 /// Why the store could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("'{0}' is no name for an image: use lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64")]
+    #[error(
+        "'{0}' is no name for an image: use lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64"
+    )]
     Name(String),
     #[error("there is no image '{name}'{hint}")]
     NotFound { name: String, hint: String },
@@ -155,7 +157,10 @@ impl ImageStore {
         if record.schema > SCHEMA {
             return Err(damaged(format!("it was made by a newer Vireo (schema {})", record.schema)));
         }
-        let (root, format) = ROOTS.into_iter().find(|(file, _)| dir.join(file).is_file()).ok_or_else(|| damaged("it has no root disk".to_owned()))?;
+        let (root, format) = ROOTS
+            .into_iter()
+            .find(|(file, _)| dir.join(file).is_file())
+            .ok_or_else(|| damaged("it has no root disk".to_owned()))?;
         for file in [KERNEL, INITRD, root] {
             let size = fs::metadata(dir.join(file)).map_err(|_| damaged(format!("'{file}' is missing")))?.len();
             let wanted = record.files.get(file).ok_or_else(|| damaged(format!("'{file}' is not in its {RECORD}")))?;
@@ -192,7 +197,8 @@ impl ImageStore {
     fn not_found(&self, name: &str) -> StoreError {
         let names: Vec<String> = self.list().unwrap_or_default().into_iter().map(|listed| listed.name).collect();
         let build = if name.starts_with("debian") { "; build it: vireo image build debian" } else { "" };
-        let hint = if names.is_empty() { build.to_owned() } else { format!("; there are: {}{build}", names.join(", ")) };
+        let hint =
+            if names.is_empty() { build.to_owned() } else { format!("; there are: {}{build}", names.join(", ")) };
         StoreError::NotFound { name: name.to_owned(), hint }
     }
 
@@ -203,7 +209,10 @@ impl ImageStore {
             let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let (sum, _) = File::open(path).and_then(Sha256Sum::of_reader).map_err(at(path))?;
             if image.record.files.get(&file).map(|record| record.sha256) != Some(sum) {
-                return Err(StoreError::Damaged { name: name.to_owned(), why: format!("the content of '{file}' has changed") });
+                return Err(StoreError::Damaged {
+                    name: name.to_owned(),
+                    why: format!("the content of '{file}' has changed"),
+                });
             }
         }
         Ok(())
@@ -242,7 +251,8 @@ impl ImageStore {
     /// Moves a prepared directory to its name, in the place of an image that has it. Readers see the one or the other.
     pub(crate) fn commit(&self, prepared: &Path, record: &ImageRecord) -> Result<Image, StoreError> {
         check_name(&record.name)?;
-        let text = serde_json::to_vec_pretty(record).map_err(|error| StoreError::Io { path: prepared.join(RECORD), source: error.into() })?;
+        let text = serde_json::to_vec_pretty(record)
+            .map_err(|error| StoreError::Io { path: prepared.join(RECORD), source: error.into() })?;
         let path = prepared.join(RECORD);
         File::create(&path).and_then(|mut file| file.write_all(&text)).map_err(at(&path))?;
         for file in record.files.keys().map(String::as_str).chain([RECORD]) {
@@ -312,7 +322,9 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
 
 pub(crate) fn check_name(name: &str) -> Result<(), StoreError> {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let valid = (1..=64).contains(&name.len()) && name.starts_with(plain) && name.chars().all(|c| plain(c) || "._-".contains(c));
+    let valid = (1..=64).contains(&name.len())
+        && name.starts_with(plain)
+        && name.chars().all(|c| plain(c) || "._-".contains(c));
     if valid { Ok(()) } else { Err(StoreError::Name(name.to_owned())) }
 }
 
@@ -327,10 +339,13 @@ fn read_record(path: &Path) -> Result<ImageRecord, String> {
 
 /// Swaps two directories in one step, so that there is no moment without an image.
 fn exchange(a: &Path, b: &Path) -> io::Result<()> {
-    let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let name = |path: &Path| {
+        CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+    };
     let (from, to) = (name(a)?, name(b)?);
     // SAFETY: both are NUL-terminated strings that live through the call.
-    let result = unsafe { libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::RENAME_EXCHANGE) };
+    let result =
+        unsafe { libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::RENAME_EXCHANGE) };
     if result == 0 {
         return Ok(());
     }

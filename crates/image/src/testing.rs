@@ -74,7 +74,9 @@ fn answer(stream: &TcpStream, files: &Mutex<Files>) -> Option<()> {
     let request = lines.next()?;
     let path = request.split(' ').nth(1)?.to_owned();
     let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
-    let range = headers.iter().find_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+    let range = headers.iter().find_map(|line| {
+        line.to_ascii_lowercase().strip_prefix("range: bytes=")?.strip_suffix('-')?.parse::<usize>().ok()
+    });
     let (content, fault) = {
         let mut files = files.lock().unwrap();
         files.requests.push(format!("{path} {}", range.unwrap_or(0)));
@@ -146,7 +148,8 @@ impl TestKey {
         // gpg-agent's socket has a short path limit.
         let key = Self { home: tempfile::Builder::new().prefix("vk").tempdir_in("/tmp").unwrap() };
         let has_gpgv = Command::new("gpgv").arg("--version").stdout(Stdio::null()).status().is_ok();
-        let made = key.gpg(&["--quick-generate-key", "--passphrase", "", "Archive <archive@test>", "ed25519", "sign", "1d"], b"");
+        let made = key
+            .gpg(&["--quick-generate-key", "--passphrase", "", "Archive <archive@test>", "ed25519", "sign", "1d"], b"");
         if made.is_none() || !has_gpgv {
             eprintln!("skipped: gpg and gpgv are needed to sign a test archive (apt-get install gnupg gpgv)");
             return None;
@@ -169,7 +172,11 @@ impl TestKey {
 
     fn gpg(&self, args: &[&str], input: &[u8]) -> Option<Vec<u8>> {
         let mut command = Command::new("gpg");
-        command.arg("--homedir").arg(self.home.path()).args(["--batch", "--quiet", "--pinentry-mode", "loopback"]).args(args);
+        command
+            .arg("--homedir")
+            .arg(self.home.path())
+            .args(["--batch", "--quiet", "--pinentry-mode", "loopback"])
+            .args(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().ok()?;
         child.stdin.take()?.write_all(input).ok()?;

@@ -77,7 +77,9 @@ fn judge(status: &str, fingerprints: &[String], untrusted: impl Fn() -> VerifyEr
             // Expired and revoked keys say EXPKEYSIG, REVKEYSIG instead.
             ["GOODSIG", ..] => good = true,
             ["VALIDSIG", ref rest @ ..] if good => {
-                let by = |wanted: &String| [rest.first(), rest.last()].iter().flatten().any(|fpr| fpr.ends_with(wanted.as_str()));
+                let by = |wanted: &String| {
+                    [rest.first(), rest.last()].iter().flatten().any(|fpr| fpr.ends_with(wanted.as_str()))
+                };
                 trusted |= fingerprints.is_empty() || fingerprints.iter().any(by);
             }
             _ => {}
@@ -173,13 +175,17 @@ mod tests {
         assert!(matches!(says(good.to_owned(), &["CC"]), Err(VerifyError::Untrusted { .. })));
         assert!(matches!(says(format!("{good}{bad}"), &[]), Err(VerifyError::BadSignature)));
         assert!(matches!(says(missing.to_owned(), &[]), Err(VerifyError::Untrusted { .. })));
-        assert!(matches!(says(format!("{good}{expired}").replace("GOODSIG", "REVKEYSIG"), &[]), Err(VerifyError::Untrusted { .. })));
+        assert!(matches!(
+            says(format!("{good}{expired}").replace("GOODSIG", "REVKEYSIG"), &[]),
+            Err(VerifyError::Untrusted { .. })
+        ));
         assert!(matches!(says(expired.to_owned(), &[]), Err(VerifyError::Untrusted { .. })));
     }
 
     #[test]
     fn takes_armour_off() {
-        let text = format!("x\n{BEGIN_KEY}\nComment: hi\n\naGVs\nbG8h\n=abcd\n{END_KEY}\n{BEGIN_KEY}\n\nPw==\n{END_KEY}\n");
+        let text =
+            format!("x\n{BEGIN_KEY}\nComment: hi\n\naGVs\nbG8h\n=abcd\n{END_KEY}\n{BEGIN_KEY}\n\nPw==\n{END_KEY}\n");
         assert_eq!(dearmour(&text).unwrap(), b"hello!?");
         assert_eq!(dearmour(BEGIN_KEY), None);
         assert_eq!(dearmour(&format!("{BEGIN_KEY}\n\na*b\n{END_KEY}")), None);
@@ -188,7 +194,8 @@ mod tests {
     #[test]
     fn only_one_whole_message_is_looked_at() {
         let scratch = tempfile::tempdir().unwrap();
-        for message in [&b"Origin: Debian\n"[..], b"\xff\xfe", format!("{BEGIN_MESSAGE}\n{BEGIN_MESSAGE}\n").as_bytes()] {
+        for message in [&b"Origin: Debian\n"[..], b"\xff\xfe", format!("{BEGIN_MESSAGE}\n{BEGIN_MESSAGE}\n").as_bytes()]
+        {
             let result = clearsigned(message, &Keyring::default(), scratch.path());
             assert!(matches!(result, Err(VerifyError::NoClearsignedMessage)));
         }

@@ -12,7 +12,10 @@ use std::{
     time::Instant,
 };
 
-use vireo_image::{BuildError, BuildOptions, DiskFormat, Image, ImageStore, MirrorError, Progress, StateDir, Step, StoreError, check_host};
+use vireo_image::{
+    BuildError, BuildOptions, DiskFormat, Image, ImageStore, MirrorError, Progress, StateDir, Step, StoreError,
+    check_host,
+};
 
 /// Cancels when the guest's dpkg has done a few packages.
 struct Interrupt(Mutex<Option<Step>>);
@@ -59,7 +62,8 @@ fn build(suite: &str) {
     if let Err(error) = check_host() {
         return eprintln!("skipped: {suite} is not built: {error}");
     }
-    let state = env::var_os("VIREO_STATE").map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("state"), PathBuf::from);
+    let state =
+        env::var_os("VIREO_STATE").map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("state"), PathBuf::from);
     let store = ImageStore::open(StateDir::new(state)).unwrap();
     let name = format!("test-{suite}-{}", std::process::id());
     let options = BuildOptions {
@@ -82,18 +86,29 @@ fn build(suite: &str) {
     }
     assert!(matches!(store.inspect(&name), Err(StoreError::NotFound { .. })), "half an image is under its name");
     let own_stage = format!(".stage-{}", std::process::id());
-    let stages = fs::read_dir(store.state().images()).unwrap().flatten().filter(|e| e.file_name().to_string_lossy().starts_with(&own_stage));
+    let stages = fs::read_dir(store.state().images())
+        .unwrap()
+        .flatten()
+        .filter(|e| e.file_name().to_string_lossy().starts_with(&own_stage));
     // The build of the other release may be running in this process.
     assert!(stages.count() <= 1);
 
     let start = Instant::now();
     let watch = Watch::default();
     let image = store.build_debian(&options, &watch).unwrap_or_else(|error| panic!("{error:?}"));
-    eprintln!("{suite}: {} packages, {} MiB, {:.0} s", image.record.packages.len(), image.disk_usage_bytes() >> 20, start.elapsed().as_secs_f32());
+    eprintln!(
+        "{suite}: {} packages, {} MiB, {:.0} s",
+        image.record.packages.len(),
+        image.disk_usage_bytes() >> 20,
+        start.elapsed().as_secs_f32()
+    );
     check_image(&image, suite);
     check_guest(&image);
     let state = watch.0.into_inner().unwrap();
-    assert_eq!(state.0, [Step::Indices, Step::Resolve, Step::Download, Step::Bootstrap, Step::Install, Step::FileSystem, Step::Finish]);
+    assert_eq!(
+        state.0,
+        [Step::Indices, Step::Resolve, Step::Download, Step::Bootstrap, Step::Install, Step::FileSystem, Step::Finish]
+    );
     assert_eq!((state.1, state.2), (2 * image.record.packages.len() as u64, 2 * image.record.packages.len() as u64));
     store.verify(&name).unwrap();
     store.remove(&name).unwrap();
@@ -132,7 +147,9 @@ fn debugfs(image: &Image, request: &str) -> String {
 fn check_guest(image: &Image) {
     let owner = |path: &str| {
         let text = debugfs(image, &format!("stat {path}"));
-        let value = |key: &str| text.split(key).nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap_or_default().to_owned();
+        let value = |key: &str| {
+            text.split(key).nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap_or_default().to_owned()
+        };
         (value("Mode:"), value("User:"), value("Group:"))
     };
     let is = |mode: &str, user: &str, group: &str| (mode.to_owned(), user.to_owned(), group.to_owned());
@@ -141,13 +158,17 @@ fn check_guest(image: &Image) {
     assert_eq!(owner("/usr/bin/passwd").0, "04755");
     assert_eq!(debugfs(image, "cat /usr/lib/vireo/agent").as_bytes(), AGENT);
     assert_eq!(debugfs(image, "cat /etc/machine-id"), "", "each machine makes its own");
-    let root = debugfs(image, "cat /etc/shadow").lines().find(|line| line.starts_with("root:")).unwrap_or_default().to_owned();
+    let root =
+        debugfs(image, "cat /etc/shadow").lines().find(|line| line.starts_with("root:")).unwrap_or_default().to_owned();
     assert!(root.starts_with("root:$"), "{root}");
     let status = debugfs(image, "cat /var/lib/dpkg/status");
     let states: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("Status: ")).collect();
     assert_eq!(states.len(), image.record.packages.len());
     assert!(states.iter().all(|state| *state == "install ok installed"), "{states:?}");
-    assert!(debugfs(image, "ls -p /dev").lines().filter(|line| !line.is_empty()).count() <= 2, "nothing of the build is left in /dev");
+    assert!(
+        debugfs(image, "ls -p /dev").lines().filter(|line| !line.is_empty()).count() <= 2,
+        "nothing of the build is left in /dev"
+    );
     assert!(!debugfs(image, "ls -p /usr/sbin").contains("policy-rc.d"));
     assert!(!debugfs(image, "ls -p /usr/share/man").contains("man1"));
 }

@@ -62,7 +62,11 @@ fn one_line(line: &str, architecture: &str) -> Option<Source> {
         None => ("", rest),
     };
     let option = |name: &str| {
-        options.split_whitespace().filter_map(|o| o.split_once('=')).find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, v)| v)
+        options
+            .split_whitespace()
+            .filter_map(|o| o.split_once('='))
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, v)| v)
     };
     if option("arch").is_some_and(|archs| !archs.split(',').any(|a| a == architecture)) {
         return None;
@@ -109,7 +113,9 @@ fn is_yes(value: &str) -> bool {
 fn keys(value: &str) -> Keys {
     if value.contains("BEGIN PGP PUBLIC KEY BLOCK") {
         // deb822 writes an empty line of the block as a lone dot.
-        return Keys::Inline(value.lines().map(|line| if line == "." { "" } else { line }).collect::<Vec<_>>().join("\n"));
+        return Keys::Inline(
+            value.lines().map(|line| if line == "." { "" } else { line }).collect::<Vec<_>>().join("\n"),
+        );
     }
     let words: Vec<&str> = value.split_whitespace().collect();
     let files: Vec<PathBuf> = words.iter().filter(|w| w.starts_with('/')).map(PathBuf::from).collect();

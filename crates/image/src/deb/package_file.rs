@@ -94,7 +94,7 @@ pub mod tests {
     pub fn package(member: &str, data: &[u8]) -> Vec<u8> {
         let mut file = MAGIC.to_vec();
         for (name, bytes) in [("debian-binary", &b"2.0\n"[..]), ("control.tar", b"odd"), (member, data)] {
-            write!(file, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100_644, bytes.len()).unwrap();
+            writeln!(file, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`", 0, 0, 0, 100_644, bytes.len()).unwrap();
             file.extend_from_slice(bytes);
             if bytes.len() % 2 == 1 {
                 file.push(b'\n');

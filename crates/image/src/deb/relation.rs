@@ -120,9 +120,8 @@ mod tests {
 
     #[test]
     fn bounds_decide() {
-        let accepts = |bound: &str, version: &str| {
-            parse(&format!("x ({bound})")).unwrap()[0][0].accepts(&Version::new(version))
-        };
+        let accepts =
+            |bound: &str, version: &str| parse(&format!("x ({bound})")).unwrap()[0][0].accepts(&Version::new(version));
         for (bound, version, wanted) in [
             (">= 2", "2", true),
             (">= 2", "2~rc", false),

@@ -110,7 +110,13 @@ mod tests {
         ] {
             assert_eq!(parse_date(text), Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), "{text}");
         }
-        for text in ["", "Sat, 11 Jul 2026", "Sat, 11 Jul 2026 25:00:00 UTC", "Sat, 11 Foo 2026 10:16:37 UTC", "x 0 Jan 0 0:0:0 UTC"] {
+        for text in [
+            "",
+            "Sat, 11 Jul 2026",
+            "Sat, 11 Jul 2026 25:00:00 UTC",
+            "Sat, 11 Foo 2026 10:16:37 UTC",
+            "x 0 Jan 0 0:0:0 UTC",
+        ] {
             assert_eq!(parse_date(text), None, "{text}");
         }
     }

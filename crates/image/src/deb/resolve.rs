@@ -12,7 +12,9 @@ pub enum ResolveError {
     Unknown { name: String, hint: String },
     #[error("package '{package}' needs '{needs}', which the archive does not have")]
     Unsatisfiable { package: String, needs: String },
-    #[error("packages '{a}' and '{b}' exclude each other ('{a}' conflicts with or breaks '{relation}'); leave one of them out")]
+    #[error(
+        "packages '{a}' and '{b}' exclude each other ('{a}' conflicts with or breaks '{relation}'); leave one of them out"
+    )]
     Conflict { a: String, b: String, relation: String },
     #[error("the package index cannot be used")]
     Index(#[from] IndexError),
@@ -151,7 +153,8 @@ impl<'a> Selection<'a> {
         for _ in 0..16 {
             let mut raised = false;
             for package in &rest {
-                let wanted = before[package.name.as_str()].iter().filter_map(|name| level.get(name)).max().map_or(0, |l| l + 1);
+                let wanted =
+                    before[package.name.as_str()].iter().filter_map(|name| level.get(name)).max().map_or(0, |l| l + 1);
                 let current = level.entry(&package.name).or_default();
                 raised |= wanted > *current;
                 *current = wanted.max(*current);

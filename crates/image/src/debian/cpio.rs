@@ -43,8 +43,7 @@ impl<W: Write> CpioWriter<W> {
     fn entry(&mut self, path: &str, mode: u32, content: &[u8], device: (u32, u32)) -> io::Result<()> {
         let size = u32::try_from(content.len()).map_err(|_| io::Error::other("a file in the initrd exceeds 4 GiB"))?;
         let name_size = path.len() as u32 + 1;
-        let fields =
-            [self.next_inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0];
+        let fields = [self.next_inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0];
         self.next_inode += 1;
         let mut header = String::from("070701");
         for field in fields {

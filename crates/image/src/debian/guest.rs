@@ -17,8 +17,14 @@ pub struct Guest<'a> {
 }
 
 /// What packages bring that a machine does not need to run: left out from the start, and by dpkg in the guest too.
-const EXCLUDED: [&str; 6] =
-    ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/lintian/*", "/usr/share/locale/*", "/boot/System.map-*"];
+const EXCLUDED: [&str; 6] = [
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/info/*",
+    "/usr/share/lintian/*",
+    "/usr/share/locale/*",
+    "/boot/System.map-*",
+];
 
 /// What stays of it: licences, and the names of locales.
 const INCLUDED: [&str; 2] = ["/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias"];
@@ -26,14 +32,17 @@ const INCLUDED: [&str; 2] = ["/usr/share/doc/*/copyright", "/usr/share/locale/lo
 /// Whether a path of a package (without a leading slash) is left out.
 pub fn is_excluded(path: &str) -> bool {
     let matches = |pattern: &&str| {
-        let (start, end) = pattern.trim_start_matches('/').split_once('*').unwrap_or((pattern.trim_start_matches('/'), ""));
+        let (start, end) =
+            pattern.trim_start_matches('/').split_once('*').unwrap_or((pattern.trim_start_matches('/'), ""));
         path.len() >= start.len() + end.len() && path.starts_with(start) && path.ends_with(end)
     };
-    EXCLUDED.iter().any(|pattern| matches(pattern)) && !INCLUDED.iter().any(|pattern| matches(pattern))
+    EXCLUDED.iter().any(&matches) && !INCLUDED.iter().any(matches)
 }
 
 fn dpkg_excludes() -> String {
-    let mut text = "# Written by vireo image build. Remove this file and reinstall a package to have its documentation.\n".to_owned();
+    let mut text =
+        "# Written by vireo image build. Remove this file and reinstall a package to have its documentation.\n"
+            .to_owned();
     text.extend(EXCLUDED.iter().map(|pattern| format!("path-exclude={pattern}\n")));
     text.extend(INCLUDED.iter().map(|pattern| format!("path-include={pattern}\n")));
     text
@@ -43,8 +52,11 @@ const AGENT_UNIT: &str = "\
 [Unit]
 Description=Vireo guest agent
 DefaultDependencies=no
-# Commands may write below /tmp and /run: those are mounted by then. The network is not waited for.
-After=local-fs.target systemd-journald.socket
+# The initrd has loaded the driver where the machine has the device.
+ConditionPathExists=/dev/vsock
+# Commands may write below /tmp and /run: those are mounted, and what an earlier boot left is cleared, by then.
+# The network is not waited for.
+After=local-fs.target systemd-tmpfiles-setup.service systemd-journald.socket
 Conflicts=shutdown.target
 Before=shutdown.target
 
@@ -104,7 +116,19 @@ ff02::2\t\tip6-allrouters
 
 /// The files that must be there before the first package is configured.
 pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<(), TreeError> {
-    for directory in ["dev", "etc", "etc/apt", "etc/dpkg", "etc/dpkg/dpkg.cfg.d", "etc/initramfs-tools", "proc", "root", "run", "sys", "tmp"] {
+    for directory in [
+        "dev",
+        "etc",
+        "etc/apt",
+        "etc/dpkg",
+        "etc/dpkg/dpkg.cfg.d",
+        "etc/initramfs-tools",
+        "proc",
+        "root",
+        "run",
+        "sys",
+        "tmp",
+    ] {
         tree.directory(directory, if directory == "tmp" { 0o1777 } else { 0o755 })?;
     }
     // bookworm's base-files leaves the links of the merged /usr to the installer.
@@ -114,7 +138,11 @@ pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<
     }
     tree.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes())?;
     tree.file("etc/hosts", 0o644, HOSTS.as_bytes())?;
-    tree.file("etc/fstab", 0o644, b"# The root file system is mounted by the initrd, as the kernel command line says.\n")?;
+    tree.file(
+        "etc/fstab",
+        0o644,
+        b"# The root file system is mounted by the initrd, as the kernel command line says.\n",
+    )?;
     tree.file("etc/dpkg/dpkg.cfg.d/vireo", 0o644, dpkg_excludes().as_bytes())?;
     // The VMM loads kernel and initrd from the image's directory: none is made in the guest.
     tree.file("etc/initramfs-tools/update-initramfs.conf", 0o644, b"update_initramfs=no\nbackup_initramfs=no\n")?;
@@ -147,9 +175,11 @@ pub fn write_last(tree: &mut TreeWriter<impl Write>, guest: &Guest<'_>) -> Resul
     if let Some(agent) = guest.agent {
         tree.directory("usr/lib/vireo", 0o755)?;
         tree.file("usr/lib/vireo/agent", 0o755, agent)?;
-        tree.file("etc/modules-load.d/vireo.conf", 0o644, b"vmw_vsock_virtio_transport\n")?;
         tree.file("usr/lib/systemd/system/vireo-agent.service", 0o644, AGENT_UNIT.as_bytes())?;
-        tree.symlink("etc/systemd/system/sysinit.target.wants/vireo-agent.service", "/usr/lib/systemd/system/vireo-agent.service")?;
+        tree.symlink(
+            "etc/systemd/system/sysinit.target.wants/vireo-agent.service",
+            "/usr/lib/systemd/system/vireo-agent.service",
+        )?;
     }
     Ok(())
 }
@@ -160,10 +190,21 @@ mod tests {
 
     #[test]
     fn documentation_is_left_out_and_licences_stay() {
-        for path in ["usr/share/doc/bash/README", "usr/share/man/man1", "usr/share/locale/de/LC_MESSAGES/x.mo", "boot/System.map-6.1"] {
+        for path in [
+            "usr/share/doc/bash/README",
+            "usr/share/man/man1",
+            "usr/share/locale/de/LC_MESSAGES/x.mo",
+            "boot/System.map-6.1",
+        ] {
             assert!(is_excluded(path), "{path}");
         }
-        for path in ["usr/share/doc", "usr/share/doc/bash/copyright", "usr/share/locale/locale.alias", "usr/bin/man", "boot/vmlinuz-6.1"] {
+        for path in [
+            "usr/share/doc",
+            "usr/share/doc/bash/copyright",
+            "usr/share/locale/locale.alias",
+            "usr/bin/man",
+            "boot/vmlinuz-6.1",
+        ] {
             assert!(!is_excluded(path), "{path}");
         }
     }

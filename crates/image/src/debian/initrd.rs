@@ -94,7 +94,10 @@ impl KernelFiles {
             } else if let (Some(at), Some(name)) = (path.find("kernel/"), module_name(path))
                 && FOLDERS.iter().any(|folder| path[at..].starts_with(folder))
             {
-                modules.insert(name.clone(), decompress(path, content()?).map_err(|source| InitrdError::Compressed { module: name, source })?);
+                modules.insert(
+                    name.clone(),
+                    decompress(path, content()?).map_err(|source| InitrdError::Compressed { module: name, source })?,
+                );
             }
         }
         let (version, vmlinuz) = kernel.ok_or(InitrdError::Missing("boot/vmlinuz-*"))?;
@@ -109,7 +112,12 @@ impl KernelFiles {
         Ok(order)
     }
 
-    fn visit<'a>(&'a self, name: &str, visiting: &mut Vec<String>, order: &mut Vec<&'a str>) -> Result<(), InitrdError> {
+    fn visit<'a>(
+        &'a self,
+        name: &str,
+        visiting: &mut Vec<String>,
+        order: &mut Vec<&'a str>,
+    ) -> Result<(), InitrdError> {
         let Some((own_name, bytes)) = self.modules.get_key_value(name) else {
             let known = self.builtin.contains(name) || OPTIONAL.contains(&name);
             return if known { Ok(()) } else { Err(InitrdError::Module(name.to_owned())) };
@@ -189,7 +197,9 @@ pub fn busybox(data: impl Read) -> Result<Vec<u8>, InitrdError> {
     for entry in archive.entries()? {
         let entry = entry?;
         let path = entry.path()?.display().to_string();
-        if ["bin/busybox", "usr/bin/busybox"].contains(&path.trim_start_matches("./")) && entry.header().entry_type().is_file() {
+        if ["bin/busybox", "usr/bin/busybox"].contains(&path.trim_start_matches("./"))
+            && entry.header().entry_type().is_file()
+        {
             let mut bytes = Vec::new();
             entry.take(64 << 20).read_to_end(&mut bytes)?;
             return Ok(bytes);

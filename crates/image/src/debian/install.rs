@@ -62,6 +62,9 @@ impl Installation<'_> {
         }
         // Where the stream broke off, the other side says why.
         let (status, tail) = self.follow(&mut child.0, &lines, progress)?;
+        if progress.cancelled() {
+            return Err(BuildError::Cancelled);
+        }
         if !status.success() {
             return Err(self.failure(status, tail));
         }
@@ -102,7 +105,10 @@ impl Installation<'_> {
             fs::write(&path, text).map_err(BuildError::io(&path))
         };
         let lines = |names: &mut dyn Iterator<Item = &str>| names.map(|name| format!("{name}\n")).collect::<String>();
-        write("required", lines(&mut self.selection.iter().map(|p| p.name.as_str()).filter(|name| required.contains(name))))?;
+        write(
+            "required",
+            lines(&mut self.selection.iter().map(|p| p.name.as_str()).filter(|name| required.contains(name))),
+        )?;
         for (number, group) in self.selection.install_order(required)?.iter().enumerate() {
             write(&format!("before-{number}"), lines(&mut group.configured_before.iter().copied()))?;
             write(&format!("group-{number}"), lines(&mut group.packages.iter().map(|p| p.name.as_str())))?;
@@ -125,7 +131,12 @@ impl Installation<'_> {
     }
 
     /// Unpacks the packages that the guest's dpkg needs to run, through the sandbox's tar.
-    fn stream_base(&self, child: &mut Child, required: &HashSet<&str>, progress: &dyn Progress) -> Result<(), BuildError> {
+    fn stream_base(
+        &self,
+        child: &mut Child,
+        required: &HashSet<&str>,
+        progress: &dyn Progress,
+    ) -> Result<(), BuildError> {
         let Some(stdin) = child.stdin.take() else { return Ok(()) };
         let named = |package: &str| {
             let package = package.to_owned();
@@ -146,7 +157,12 @@ impl Installation<'_> {
     }
 
     /// Follows the script to its end; returns its status and last lines.
-    fn follow(&self, child: &mut Child, lines: &Receiver<String>, progress: &dyn Progress) -> Result<(ExitStatus, String), BuildError> {
+    fn follow(
+        &self,
+        child: &mut Child,
+        lines: &Receiver<String>,
+        progress: &dyn Progress,
+    ) -> Result<(ExitStatus, String), BuildError> {
         let mut tail = VecDeque::new();
         let mut failed = Vec::new();
         let mut seen = HashSet::new();
@@ -167,7 +183,9 @@ impl Installation<'_> {
                 None => {
                     let mut words = line.split_whitespace();
                     let verb = words.next().unwrap_or_default();
-                    if matches!(verb, "Unpacking" | "Setting") && seen.insert(line.split(" (").next().unwrap_or_default().to_owned()) {
+                    if matches!(verb, "Unpacking" | "Setting")
+                        && seen.insert(line.split(" (").next().unwrap_or_default().to_owned())
+                    {
                         progress.advance((seen.len() as u64).min(total), total);
                     }
                     if line.starts_with("dpkg: error processing") {
@@ -230,9 +248,9 @@ fn read_lines(reader: io::PipeReader) -> Receiver<String> {
 /// What the host, or the container that this runs in, has free.
 fn available_memory() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = meminfo.lines().find_map(|line| {
-        line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok()
-    });
+    let available = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
     let limit = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let cgroup = limit("/sys/fs/cgroup/memory.max").or_else(|| limit("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
     available.map_or(0, |kib| kib.saturating_mul(1024)).min(cgroup.unwrap_or(u64::MAX))

@@ -272,7 +272,9 @@ fn open_archives(reader: &Reader<'_>, options: &BuildOptions) -> Result<Archives
 /// The host's own release where it is one that can be built, else all, the newest first.
 fn default_suites() -> Vec<String> {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(|v| v.trim_matches('"'));
+    let value = |key: &str| {
+        text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(|v| v.trim_matches('"'))
+    };
     match (value("ID"), value("VERSION_CODENAME")) {
         (Some("debian"), Some(suite)) if release(suite).is_some() => vec![suite.to_owned()],
         _ => suites().map(str::to_owned).collect(),
@@ -298,7 +300,9 @@ fn open_release(reader: &Reader<'_>, host: &Host<'_>, suite: &str) -> Result<Vec
             match reader.open(&address) {
                 Ok(found) => suites.push(found),
                 Err(MirrorError::Fetch(FetchError::Status { url, status: 403 | 404 })) if !must_exist => {
-                    reader.progress.note(&format!("{url} does not exist; the image is built without '{}'", address.suite));
+                    reader
+                        .progress
+                        .note(&format!("{url} does not exist; the image is built without '{}'", address.suite));
                 }
                 Err(error) => return Err(error),
             }
@@ -349,7 +353,8 @@ impl<'a> Plan<'a> {
             .flatten()
             .find_map(|target| index.candidates(&target).next())
             .ok_or_else(no_kernel)?;
-        let mut seeds: Vec<String> = index.iter().filter(|package| selection::is_base(package)).map(|p| p.name.clone()).collect();
+        let mut seeds: Vec<String> =
+            index.iter().filter(|package| selection::is_base(package)).map(|p| p.name.clone()).collect();
         seeds.sort();
         seeds.extend(selection::machine_packages().map(str::to_owned));
         seeds.push(kernel.name.clone());

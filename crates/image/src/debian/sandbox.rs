@@ -15,9 +15,13 @@ use crate::state::is_root;
 /// Why packages cannot be installed on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    #[error("user '{user}' has no range of 65536 subordinate ids in {file}; give it one: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}")]
+    #[error(
+        "user '{user}' has no range of 65536 subordinate ids in {file}; give it one: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+    )]
     NoRange { user: String, file: &'static str },
-    #[error("the program '{0}' is missing; install it: apt-get install uidmap (Fedora: dnf install shadow-utils), or build the image as root")]
+    #[error(
+        "the program '{0}' is missing; install it: apt-get install uidmap (Fedora: dnf install shadow-utils), or build the image as root"
+    )]
     NoMapper(&'static str),
     #[error("'{program}' refused to map ids: {detail}")]
     Mapping { program: &'static str, detail: String },
@@ -71,9 +75,10 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 }
 
 fn user_name(passwd: &str, uid: u32) -> Option<String> {
-    passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find_map(|fields| {
-        (fields.get(2)?.parse() == Ok(uid)).then(|| fields[0].to_owned())
-    })
+    passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find_map(|fields| (fields.get(2)?.parse() == Ok(uid)).then(|| fields[0].to_owned()))
 }
 
 /// The first id of a range of at least [`ID_COUNT`] that `/etc/subuid` (subuid(5)) gives to a user.
@@ -90,7 +95,8 @@ fn subordinate_range(text: &str, user: &str, uid: u32) -> Option<u32> {
 ///
 /// The returned child is a process that waits for it and passes its exit status on.
 pub fn spawn(mut command: Command, privilege: &Privilege) -> Result<Child, SandboxError> {
-    let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
+    let mut flags =
+        libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
     let Privilege::Mapped { uid, gid, first_uid, first_gid } = *privilege else {
         // SAFETY: `enter` keeps to async-signal-safe calls, as is due between fork and exec.
         unsafe { command.pre_exec(move || enter(flags, None)) };
@@ -162,8 +168,16 @@ fn enter(flags: libc::c_int, maps: Option<(libc::c_int, libc::c_int)>) -> io::Re
             check(libc::setresgid(0, 0, 0))?;
             check(libc::setresuid(0, 0, 0))?;
         }
+        // No terminal: a Ctrl-C is for the build, which ends this in its own way. It fails only for a group's leader.
+        libc::setsid();
         // Nothing that is mounted here may show on the host.
-        check(libc::mount(c"none".as_ptr(), c"/".as_ptr(), std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()))?;
+        check(libc::mount(
+            c"none".as_ptr(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        ))?;
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
         match libc::fork() {
             -1 => Err(io::Error::last_os_error()),
@@ -230,7 +244,11 @@ mod tests {
         };
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
-        command.args(["-c", "mount -t tmpfs x \"$1\" && touch \"$1/seen\" && chown 7:7 \"$1/seen\" && echo \"$(id -u) $$\"; exit 7", "sh"]);
+        command.args([
+            "-c",
+            "mount -t tmpfs x \"$1\" && touch \"$1/seen\" && chown 7:7 \"$1/seen\" && echo \"$(id -u) $$\"; exit 7",
+            "sh",
+        ]);
         command.arg(dir.path()).stdout(Stdio::piped());
         match spawn(command, &privilege) {
             Ok(child) => {
@@ -239,7 +257,9 @@ mod tests {
                 assert_eq!(output.status.code(), Some(7));
                 assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
             }
-            Err(error) => assert!(matches!(error, SandboxError::Denied { .. } | SandboxError::Mapping { .. }), "{error}"),
+            Err(error) => {
+                assert!(matches!(error, SandboxError::Denied { .. } | SandboxError::Mapping { .. }), "{error}")
+            }
         }
     }
 }

@@ -68,7 +68,8 @@ pub fn machine_packages() -> impl Iterator<Item = &'static str> {
 }
 
 /// Units that the image turns on.
-pub const ENABLED_UNITS: [&str; 3] = ["systemd-networkd.service", "systemd-networkd.socket", "systemd-resolved.service"];
+pub const ENABLED_UNITS: [&str; 3] =
+    ["systemd-networkd.service", "systemd-networkd.socket", "systemd-resolved.service"];
 
 /// Units that do nothing of use in a fresh virtual machine, but cost instructions at each boot: together a quarter of
 /// what the user space needs to come up on a software CPU. `systemctl unmask` brings each back. Names that a release
@@ -128,7 +129,8 @@ pub const MASKED_UNITS: [&str; 43] = [
 ];
 
 /// Vendor units that are started when something asks for them, rather than at boot: `TARGET.wants/UNIT`.
-pub const UNWANTED: [&str; 2] = ["multi-user.target.wants/systemd-logind.service", "multi-user.target.wants/dbus.service"];
+pub const UNWANTED: [&str; 2] =
+    ["multi-user.target.wants/systemd-logind.service", "multi-user.target.wants/dbus.service"];
 
 /// Generators for hardware and boot schemes that an image does not have: each is a process at every boot.
 pub const MASKED_GENERATORS: [&str; 13] = [

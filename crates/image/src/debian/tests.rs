@@ -44,7 +44,8 @@ impl Setup {
 
     /// Neither an image nor a half-made one.
     fn assert_nothing_left(&self) {
-        let left: Vec<_> = fs::read_dir(self.store.state().images()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(self.store.state().images()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [".lock"]);
     }
 }
@@ -91,7 +92,11 @@ fn an_installation_that_fails_says_why_and_leaves_the_old_image() {
     fs::write(old.join("image.json"), "old").unwrap();
     let error = setup.build(&Quiet);
     // The packages hold no dpkg, no libc and no kernel: the sandbox's chroot is the first to notice.
-    assert!(matches!(&error, BuildError::Install { tail, .. } if tail.contains("chroot")) || matches!(error, BuildError::Sandbox(_)), "{error:?}");
+    assert!(
+        matches!(&error, BuildError::Install { tail, .. } if tail.contains("chroot"))
+            || matches!(error, BuildError::Sandbox(_)),
+        "{error:?}"
+    );
     assert_eq!(fs::read_to_string(old.join("image.json")).unwrap(), "old");
 }
 
@@ -107,7 +112,10 @@ fn missing_updates_are_noted_and_a_server_error_is_not_taken_for_it() {
     for _ in 0..10 {
         setup.archive.server.fault(updates, Fault::Status(500));
     }
-    assert!(matches!(setup.build(&Quiet), BuildError::Mirror(MirrorError::Fetch(FetchError::Status { status: 500, .. }))));
+    assert!(matches!(
+        setup.build(&Quiet),
+        BuildError::Mirror(MirrorError::Fetch(FetchError::Status { status: 500, .. }))
+    ));
 }
 
 #[test]
@@ -141,7 +149,10 @@ fn the_guests_sources_have_no_password() {
     let suites = ["http://user:secret@mirror.test:80/debian", "https://plain.test/debian"]
         .map(|uri| Suite { address: address(uri), release: release.clone() });
     let text = Archives { suite: "bookworm".to_owned(), suites: suites.into() }.guest_sources();
-    assert!(text.contains("URIs: http://mirror.test:80/debian\n") && text.contains("URIs: https://plain.test/debian\n"), "{text}");
+    assert!(
+        text.contains("URIs: http://mirror.test:80/debian\n") && text.contains("URIs: https://plain.test/debian\n"),
+        "{text}"
+    );
     assert!(!text.contains("secret"));
 }
 

@@ -47,7 +47,12 @@ fn header(kind: tar::EntryType, mode: u32) -> tar::Header {
 
 impl<W: Write> TreeWriter<W> {
     pub fn new(writer: W) -> Self {
-        Self { tar: tar::Builder::new(writer), links: HashMap::new(), files: HashSet::new(), directories: HashSet::new() }
+        Self {
+            tar: tar::Builder::new(writer),
+            links: HashMap::new(),
+            files: HashSet::new(),
+            directories: HashSet::new(),
+        }
     }
 
     pub fn finish(self) -> io::Result<W> {

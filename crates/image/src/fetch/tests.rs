@@ -21,7 +21,11 @@ fn setup() -> Setup {
 impl Setup {
     fn serve(&self, path: &str, content: &[u8]) -> Wanted {
         self.server.put(path, content);
-        Wanted { url: format!("{}{path}", self.server.url), sha256: Sha256Sum::of(content), size_bytes: content.len() as u64 }
+        Wanted {
+            url: format!("{}{path}", self.server.url),
+            sha256: Sha256Sum::of(content),
+            size_bytes: content.len() as u64,
+        }
     }
 
     fn fetch(&self, wanted: &Wanted) -> Result<Vec<u8>, FetchError> {
@@ -38,7 +42,8 @@ impl Setup {
 #[test]
 fn fetches_many_and_only_once() {
     let setup = setup();
-    let files: Vec<Wanted> = (0..20).map(|n| setup.serve(&format!("/f{n}"), format!("content {n}").repeat(1000).as_bytes())).collect();
+    let files: Vec<Wanted> =
+        (0..20).map(|n| setup.serve(&format!("/f{n}"), format!("content {n}").repeat(1000).as_bytes())).collect();
     for _ in 0..2 {
         let paths = setup.cache.fetch_all(&setup.http, &files, &Recorder::default()).unwrap();
         assert!(paths.iter().zip(&files).all(|(path, file)| Sha256Sum::of(&fs::read(path).unwrap()) == file.sha256));

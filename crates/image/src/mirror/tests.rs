@@ -1,12 +1,14 @@
 use super::*;
-use crate::{
-    apt::config::AptConfig,
-    progress::Quiet,
-    testing::Archive,
-};
+use crate::{apt::config::AptConfig, progress::Quiet, testing::Archive};
 
 fn source(uri: &str, suite: &str, component: &str, keys: Keys) -> Source {
-    Source { uri: uri.to_owned(), suite: suite.to_owned(), components: vec![component.to_owned()], keys, check_valid_until: true }
+    Source {
+        uri: uri.to_owned(),
+        suite: suite.to_owned(),
+        components: vec![component.to_owned()],
+        keys,
+        check_valid_until: true,
+    }
 }
 
 fn debian_keys() -> Keys {
@@ -28,7 +30,10 @@ fn asks_debian_archives_only_and_the_wanted_suite_first() {
     assert_eq!(uris, ["http://next.test/debian", "http://mirror.test/debian", "https://vendor.test/debian"]);
     let archive = &host.archives("bookworm").unwrap()[0];
     let (security, named) = host.security(archive, "bookworm").unwrap();
-    assert_eq!((security.uri.as_str(), security.suite.as_str(), named), ("http://mirror.test/debian-security", "bookworm-security", true));
+    assert_eq!(
+        (security.uri.as_str(), security.suite.as_str(), named),
+        ("http://mirror.test/debian-security", "bookworm-security", true)
+    );
 }
 
 #[test]
@@ -43,9 +48,13 @@ fn a_host_without_debian_is_asked_for_a_mirror() {
 #[test]
 fn a_mirror_that_is_given_replaces_the_hosts() {
     let sources = [source("http://mirror.test/debian-security", "trixie-security", "main", debian_keys())];
-    let host = Host { sources: &sources, mirror: Some("http://given.test/debian//"), keyring: Some(Path::new("/k.gpg")) };
+    let host =
+        Host { sources: &sources, mirror: Some("http://given.test/debian//"), keyring: Some(Path::new("/k.gpg")) };
     let archive = host.archives("trixie").unwrap().remove(0);
-    assert_eq!((archive.uri.as_str(), archive.keyring.files.as_slice()), ("http://given.test/debian", &["/k.gpg".into()][..]));
+    assert_eq!(
+        (archive.uri.as_str(), archive.keyring.files.as_slice()),
+        ("http://given.test/debian", &["/k.gpg".into()][..])
+    );
     let (security, named) = host.security(&archive, "trixie").unwrap();
     assert_eq!((security.uri.as_str(), named), ("http://given.test/debian-security", false));
     for bad in ["", "mirror.test/debian", "ftp://mirror.test", "http://", "http://a b/"] {
@@ -61,7 +70,10 @@ fn dates_are_checked() {
     let check = |fields: &str, strict| check_dates(&release(fields), "u", strict, now);
     assert!(check("", true).is_ok());
     assert!(check("Valid-Until: Sat, 11 Jul 2026 10:16:38 UTC\n", true).is_ok());
-    assert!(matches!(check("Valid-Until: Wed, 01 Jul 2026 00:00:00 UTC\n", true), Err(MirrorError::Expired { days: 10, .. })));
+    assert!(matches!(
+        check("Valid-Until: Wed, 01 Jul 2026 00:00:00 UTC\n", true),
+        Err(MirrorError::Expired { days: 10, .. })
+    ));
     assert!(check("Valid-Until: Wed, 01 Jul 2026 00:00:00 UTC\n", false).is_ok(), "as the host's apt is told");
     assert!(check("Date: Sat, 11 Jul 2026 11:00:00 UTC\n", true).is_ok());
     assert!(matches!(check("Date: Sun, 12 Jul 2026 11:00:00 UTC\n", true), Err(MirrorError::Future { .. })));
@@ -103,7 +115,10 @@ fn only_what_the_key_signed_is_read() {
     assert_eq!(open().unwrap().release.codename, "bookworm", "what follows the signature is not read");
     release(&good);
     let Some(stranger) = crate::testing::TestKey::new() else { return };
-    assert!(matches!(open_with(&stranger.keyring()), Err(MirrorError::Untrusted { source: VerifyError::Untrusted { .. }, .. })));
+    assert!(matches!(
+        open_with(&stranger.keyring()),
+        Err(MirrorError::Untrusted { source: VerifyError::Untrusted { .. }, .. })
+    ));
 
     archive.publish(|text| text.replace("Origin: Debian", "Origin: Other"));
     assert!(matches!(open(), Err(MirrorError::Other { .. })));

@@ -93,7 +93,8 @@ fn damage_is_named_and_does_not_hide_the_others() {
     fs::write(store.dir().join("d/image.json"), record.replace("\"schema\": 1", "\"schema\": 99")).unwrap();
     fs::write(store.dir().join("e/kernel"), "y").unwrap();
     let list = store.list().unwrap();
-    let damaged: Vec<String> = list.iter().filter_map(|listed| Some(listed.image.as_ref().err()?.to_string())).collect();
+    let damaged: Vec<String> =
+        list.iter().filter_map(|listed| Some(listed.image.as_ref().err()?.to_string())).collect();
     assert_eq!((list.len(), damaged.len()), (5, 4));
     for (message, word) in damaged.iter().zip(["'kernel' is missing", "6 bytes", "malformed", "newer Vireo"]) {
         assert!(message.contains(word), "{message}");

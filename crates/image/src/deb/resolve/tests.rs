@@ -13,7 +13,12 @@ fn index(lines: &str) -> Index {
         let _ = writeln!(text, "Package: {name}\nVersion: {version}\nArchitecture: amd64");
         let _ = writeln!(text, "Filename: pool/{name}.deb\nSize: 1\nSHA256: {:064}", 0);
         for (field, value) in fields.split(';').filter_map(|f| f.split_once('=')) {
-            let _ = writeln!(text, "{}: {}", field.trim(), value.replace("ge ", ">= ").replace("eq ", "= ").replace("lt ", "<< "));
+            let _ = writeln!(
+                text,
+                "{}: {}",
+                field.trim(),
+                value.replace("ge ", ">= ").replace("eq ", "= ").replace("lt ", "<< ")
+            );
         }
         text.push('\n');
     }
