@@ -4,7 +4,7 @@
 mod guest;
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     thread,
     time::Duration,
 };
@@ -27,6 +27,10 @@ fn enter(test: &str) -> Option<Guest> {
     }
     private::add_v4("lo:1", OUTSIDE, Ipv4Addr::BROADCAST);
     private::add_v6("lo", OUTSIDE6, 128);
+    // The kernel takes its time with a new IPv6 address.
+    while UdpSocket::bind((OUTSIDE6, 0)).is_err() {
+        thread::sleep(Duration::from_millis(5));
+    }
     let net = UserNet::new(UserNetConfig::default()).unwrap();
     let addresses = vec!["10.0.2.15/24".parse().unwrap(), "fd00::15/64".parse().unwrap()];
     let mut guest = Guest::with(net, Setup { addresses, mtu: 9000, ..Setup::default() });

@@ -15,6 +15,7 @@ use smoltcp::{
     socket::{dhcpv4, icmp, tcp::State},
     wire::{Icmpv4Packet, Icmpv4Repr, IpCidr},
 };
+use socket2::{Domain, Socket, Type};
 use vireo_packet::{NetError, Offloads, UserNet, UserNetConfig};
 
 fn net(config: UserNetConfig) -> Arc<UserNet> {
@@ -37,6 +38,34 @@ fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
         }
     });
     SocketAddr::new(Ipv4Addr::new(10, 0, 2, 2).into(), port)
+}
+
+/// A TCP port that nobody listens on, and that nobody takes meanwhile.
+fn dead_tcp() -> (Socket, SocketAddr) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0).into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address)
+}
+
+/// A UDP port that takes nothing from anybody but itself.
+fn dead_udp() -> (UdpSocket, SocketAddr) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    socket.connect(address).unwrap();
+    (socket, address)
+}
+
+/// A port for both protocols, with an echo behind each.
+fn echo_by_both() -> SocketAddr {
+    loop {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = tcp.local_addr().unwrap();
+        let Ok(udp) = UdpSocket::bind(address) else { continue };
+        thread::spawn(move || tcp.incoming().for_each(|stream| echo(stream.unwrap())));
+        echo_datagrams(udp);
+        return address;
+    }
 }
 
 fn echo(mut stream: TcpStream) {
@@ -187,10 +216,10 @@ fn a_reset_of_the_guest_reaches_the_server() {
 
 #[test]
 fn a_refused_port_is_refused_at_once() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (_held, dead) = dead_tcp();
     let mut guest = Guest::new(plain());
     let start = Instant::now();
-    let handle = guest.connect(SocketAddr::new([10, 0, 2, 2].into(), free));
+    let handle = guest.connect(SocketAddr::new([10, 0, 2, 2].into(), dead.port()));
     guest.until("the refusal", |guest| (guest.tcp(handle).state() == State::Closed).then_some(()));
     assert!(start.elapsed() < Duration::from_secs(1));
 }
@@ -345,21 +374,18 @@ fn udp_forward() {
     }
 }
 
-fn udp_echo(address: &str) -> SocketAddr {
-    let socket = UdpSocket::bind(address).unwrap();
-    let bound = socket.local_addr().unwrap();
+fn echo_datagrams(socket: UdpSocket) {
     thread::spawn(move || {
         let mut buffer = vec![0; 65536];
         while let Ok((length, from)) = socket.recv_from(&mut buffer) {
             let _ = socket.send_to(&buffer[..length], from);
         }
     });
-    bound
 }
 
 #[test]
 fn udp_of_all_sizes() {
-    let to = format!("10.0.2.2:{}", udp_echo("127.0.0.1:0").port());
+    let to = format!("10.0.2.2:{}", echo_by_both().port());
     let mut guest = Guest::with(plain(), Setup { mtu: 65520, ..Setup::default() });
     let handle = guest.add_udp();
     for length in [0, 1, 100, 1472, 1473, 9000, 65520 - 28] {
@@ -373,10 +399,7 @@ fn udp_of_all_sizes() {
 
 #[test]
 fn dns_by_udp_and_tcp_and_failover() {
-    let dead = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let alive = udp_echo("127.0.0.1:0");
-    let tcp = TcpListener::bind(alive).unwrap();
-    thread::spawn(move || tcp.incoming().for_each(|stream| echo(stream.unwrap())));
+    let ((_held, dead), alive) = (dead_udp(), echo_by_both());
     let net = net(UserNetConfig { dns_servers: Some(vec![dead, alive]), ..Default::default() });
     let mut guest = Guest::with(
         net,
@@ -400,10 +423,8 @@ fn dns_by_udp_and_tcp_and_failover() {
 
 #[test]
 fn dns_by_tcp_tries_the_next_server() {
-    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let alive = TcpListener::bind("127.0.0.1:0").unwrap();
-    let servers = vec![dead, alive.local_addr().unwrap()];
-    thread::spawn(move || alive.incoming().for_each(|stream| echo(stream.unwrap())));
+    let ((_held, dead), alive) = (dead_tcp(), echo_by_both());
+    let servers = vec![dead, alive];
     let mut guest = Guest::new(net(UserNetConfig { dns_servers: Some(servers), ..Default::default() }));
     let handle = guest.connect("10.0.2.3:53".parse().unwrap());
     guest.established(handle);
