@@ -170,8 +170,12 @@ pub struct Cpu {
     pub shadow: bool,
     /// Handlers of the running block's ops while it is to be left at the next one.
     pub suspended: Vec<(*mut Uop, Handler)>,
-    /// The instruction went through a gate or SYSCALL: no single-step trap after it.
+    /// PAUSE instructions so far.
+    pub pauses: u32,
+    /// The instruction went through a gate or SYSCALL, or loaded SS: no single-step trap after it.
     pub transferred: bool,
+    /// The instruction switched tasks before it faulted: the fault is the new task's, at its own `rip`.
+    pub switched: bool,
     pub fault: Fault,
 
     pub seg: [Segment; 6],

@@ -7,6 +7,7 @@ use crate::{
     fault::{Fault, Run, Stop, vector},
     mmu::canonical,
     segment::{Descriptor, rpl, selector_error},
+    task::Switch,
     uop::Ctl,
 };
 
@@ -61,7 +62,9 @@ impl Cpu {
                 }
                 return Ctl::Next;
             }
-            self.rip = at;
+            if !std::mem::take(&mut self.switched) {
+                self.rip = at;
+            }
             let second = self.fault;
             if first.vector == vector::DF {
                 break;
@@ -84,7 +87,9 @@ impl Cpu {
         match self.interrupt(vector, None, Source::External, at) {
             Ok(()) => Ctl::Next,
             Err(_) => {
-                self.rip = at;
+                if !std::mem::take(&mut self.switched) {
+                    self.rip = at;
+                }
                 self.deliver_fault()
             }
         }
@@ -222,7 +227,7 @@ impl Cpu {
             return self.raise(Fault::with(vector::NP, here));
         }
         if gate.kind() == 5 {
-            return self.unsupported("a hardware task switch (task gate in the IDT)");
+            return self.task_gate(gate, Switch::Nested, back, error);
         }
         let bytes = if gate.kind() & 8 != 0 { 4 } else { 2 };
         let (selector, offset) = gate.gate();
@@ -281,13 +286,13 @@ impl Cpu {
         Ok(())
     }
 
-    /// IRET with operands of `bytes`. All or nothing.
-    pub fn interrupt_return(&mut self, bytes: usize) -> Run {
+    /// IRET with operands of `bytes`; `next` is the address after it. All or nothing.
+    pub fn interrupt_return(&mut self, bytes: usize, next: u64) -> Run {
         let saved = self.snapshot();
         let result = if self.real_mode() || self.v86() {
             self.return_real(bytes)
         } else if self.rflags & rflags::NT != 0 {
-            if self.long_mode() { self.gp(0) } else { self.unsupported("a hardware task switch (IRET with NT set)") }
+            if self.long_mode() { self.gp(0) } else { self.task_return(next) }
         } else {
             self.return_protected(bytes)
         };

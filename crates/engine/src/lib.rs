@@ -29,6 +29,7 @@ mod run;
 mod segment;
 pub mod signal;
 mod state;
+mod task;
 mod tlb;
 mod uop;
 

@@ -21,6 +21,9 @@ pub enum Letter {
     Watched(u64),
 }
 
+/// Letters that a sleeping vCPU may leave lying.
+const BACKLOG: usize = 1024;
+
 impl CodeMail {
     pub fn take(&self) -> Vec<Letter> {
         std::mem::take(&mut *self.letters.lock().unwrap_or_else(PoisonError::into_inner))
@@ -65,8 +68,14 @@ impl Shared {
             if letters.last() != Some(&letter) {
                 letters.push(letter);
             }
+            let many = letters.len() >= BACKLOG;
             drop(letters);
-            signal.raise(request::CODE);
+            if many {
+                // A reason to wake that does nothing else.
+                signal.raise(request::CODE | request::INTERRUPT);
+            } else {
+                signal.note(request::CODE);
+            }
         }
     }
 }

@@ -2,13 +2,14 @@
 
 use std::{
     ptr,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use crate::{
     cpu::{Cpu, cr0, cr4, efer, rflags},
     fault::{Fault, NON_CANONICAL, Run, page_fault, vector},
     int::Int,
+    signal::request,
     tlb::{DataSet, PAGE_MASK, index},
 };
 
@@ -153,9 +154,17 @@ impl Cpu {
     fn read_piece(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
         let gpa = self.translate_data(linear, Access::Read, system)? | (linear & PAGE_MASK);
         match self.memory.host_page(gpa) {
-            // SAFETY: the page is guest RAM and the piece does not leave it.
+            // SAFETY: the page is guest RAM and the piece does not leave it. A naturally aligned power of two is one
+            // load, as in `write_piece`.
             Some(page) => unsafe {
-                ptr::copy_nonoverlapping(page.add((gpa & PAGE_MASK) as usize), out.as_mut_ptr(), out.len());
+                let from = page.add((gpa & PAGE_MASK) as usize);
+                match out {
+                    [a] => *a = from.read_volatile(),
+                    [_, _] => out.copy_from_slice(&from.cast::<[u8; 2]>().read_unaligned()),
+                    [_, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 4]>().read_unaligned()),
+                    [_, _, _, _, _, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 8]>().read_unaligned()),
+                    _ => ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()),
+                }
             },
             None => self.device_read(gpa, out),
         }
@@ -195,9 +204,7 @@ impl Cpu {
                         _ => ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
                     }
                 }
-                if self.memory.is_watched(gpa) {
-                    self.code_written(gpa);
-                }
+                self.settle(gpa);
             }
             None => self.device_write(gpa, data),
         }
@@ -242,23 +249,45 @@ impl Cpu {
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
         let access = if write { Access::Write } else { Access::Read };
-        if self.inspect && len > 1 {
-            // The caller then goes through `read_bytes` and `write_bytes`, which look closer.
-            self.translate_data(linear, access, false)?;
-            self.translate_data(linear.wrapping_add(len - 1), access, false)?;
-            return Ok(None);
-        }
         let gpa = self.translate_data(linear, access, false)?;
         let last = linear.wrapping_add(len - 1);
         if last & !PAGE_MASK != linear & !PAGE_MASK {
             self.translate_data(last, access, false)?;
             return Ok(None);
         }
-        if write && self.memory.is_watched(gpa) {
+        if self.inspect || (write && self.memory.is_watched(gpa)) {
             return Ok(None);
         }
         // SAFETY: the offset stays in the page.
         Ok(self.memory.host_page(gpa).map(|page| unsafe { page.add((linear & PAGE_MASK) as usize) }))
+    }
+
+    /// Where [`Self::direct`] gave nothing: host pointer and guest-physical address, if it is one piece of RAM after
+    /// all (with cached code in its page, or with breakpoints set). [`Self::settle`] must follow a write: this way it
+    /// is one access of the host, which other vCPUs cannot get in between of.
+    #[cold]
+    #[inline(never)]
+    pub fn in_ram(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<(*mut u8, u64)>> {
+        if linear.wrapping_add(len - 1) & !PAGE_MASK != linear & !PAGE_MASK {
+            return Ok(None);
+        }
+        let gpa = self.translate_data(linear, if write { Access::Write } else { Access::Read }, false)? | linear & PAGE_MASK;
+        let Some(page) = self.memory.host_page(gpa) else { return Ok(None) };
+        if self.inspect {
+            self.inspect_access(linear, len as usize, write)?;
+        }
+        // SAFETY: the offset stays in the page.
+        Ok(Some((unsafe { page.add((gpa & PAGE_MASK) as usize) }, gpa)))
+    }
+
+    /// After a write that did not go through a TLB entry: drops the page's cached code, if it has any.
+    #[inline]
+    pub fn settle(&mut self, gpa: u64) {
+        // Whoever decodes watches first and reads then; here it is the other way round, so that one sees the other.
+        fence(Ordering::SeqCst);
+        if self.memory.is_watched(gpa) {
+            self.code_written(gpa);
+        }
     }
 
     /// What the TLB cannot do: alignment checks (SDM vol. 3, 7.15, #AC) and data breakpoints (18.2.4).
@@ -292,6 +321,10 @@ impl Cpu {
         let ac = !system && self.rflags & rflags::AC != 0;
         let found = self.walk(linear, access, user, ac)?;
         let write = access == Access::Write;
+        if write {
+            // The entry that is replaced may be what a waiting letter asks for.
+            self.see_letters();
+        }
         if let Some(host) = self.memory.host_page(found.gpa)
             && !(write && self.memory.is_watched(found.gpa))
             && (system || !self.inspect)
@@ -321,11 +354,29 @@ impl Cpu {
         Ok(found.gpa)
     }
 
+    /// Works off news of code now, if there are any: before TLB entries are dropped, by which it would be known that
+    /// this vCPU may have written to a page.
+    #[inline]
+    pub fn see_letters(&mut self) {
+        if self.signal.pending() & request::CODE != 0 {
+            self.drop_changed_code();
+        }
+    }
+
     /// Walks the page tables, sets accessed and dirty bits, and checks permissions.
     pub fn walk(&mut self, linear: u64, access: Access, user: bool, ac: bool) -> Run<Translation> {
         if self.cr0 & cr0::PG == 0 {
             return Ok(Translation { gpa: linear & 0xffff_f000, shift: 12 });
         }
+        loop {
+            if let Some(found) = self.try_walk(linear, access, user, ac)? {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// `None` where an entry changed while it was looked at.
+    fn try_walk(&mut self, linear: u64, access: Access, user: bool, ac: bool) -> Run<Option<Translation>> {
         let wide = self.cr4 & cr4::PAE != 0;
         let (levels, mut table): (&[Level], u64) = if self.long_mode() {
             (&LONG, self.cr3 & ADDRESS)
@@ -369,8 +420,8 @@ impl Cpu {
                 no_execute |= nx && wide && entry & pte::NX != 0;
             }
             if level.shift != 12 && !is_large {
-                if !directory_pointer && entry & pte::ACCESSED == 0 {
-                    self.mark_entry(address, wide, pte::ACCESSED);
+                if !directory_pointer && !self.mark_entry(address, wide, entry, pte::ACCESSED) {
+                    return Ok(None);
                 }
                 table = if wide { entry & ADDRESS } else { entry & 0xffff_f000 };
                 continue;
@@ -379,8 +430,8 @@ impl Cpu {
                 return self.page_fault(linear, access, user, page_fault::PRESENT);
             }
             let mark = pte::ACCESSED | if access == Access::Write { pte::DIRTY } else { 0 };
-            if entry & mark != mark {
-                self.mark_entry(address, wide, mark);
+            if !self.mark_entry(address, wide, entry, mark) {
+                return Ok(None);
             }
             let low = (1u64 << level.shift) - 1;
             let mut frame = if wide { entry & ADDRESS & !low } else { entry & 0xffff_f000 & !low };
@@ -388,7 +439,7 @@ impl Cpu {
                 // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
                 frame |= ((entry >> 13) & 0xff) << 32;
             }
-            return Ok(Translation { gpa: frame | (linear & low & !PAGE_MASK), shift: level.shift });
+            return Ok(Some(Translation { gpa: frame | (linear & low & !PAGE_MASK), shift: level.shift }));
         }
         unreachable!("the last level always maps a page")
     }
@@ -444,14 +495,22 @@ impl Cpu {
         })
     }
 
-    fn mark_entry(&self, gpa: u64, wide: bool, bits: u64) {
-        let Some(at) = self.entry_pointer(gpa) else { return };
+    /// Sets bits of an entry that was read as `entry`; `false` if it has changed since: another processor may have
+    /// taken the page away, and must not find a bit in what it left.
+    #[inline]
+    fn mark_entry(&self, gpa: u64, wide: bool, entry: u64, bits: u64) -> bool {
+        let new = entry | bits;
+        if new == entry {
+            return true;
+        }
+        let Some(at) = self.entry_pointer(gpa) else { return true };
+        let (success, failure) = (Ordering::SeqCst, Ordering::Relaxed);
         // SAFETY: in guest RAM, naturally aligned.
         unsafe {
             if wide {
-                (*at.cast::<AtomicU64>()).fetch_or(bits, Ordering::Relaxed);
+                (*at.cast::<AtomicU64>()).compare_exchange(entry, new, success, failure).is_ok()
             } else {
-                (*at.cast::<AtomicU32>()).fetch_or(bits as u32, Ordering::Relaxed);
+                (*at.cast::<AtomicU32>()).compare_exchange(entry as u32, new as u32, success, failure).is_ok()
             }
         }
     }

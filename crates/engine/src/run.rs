@@ -303,7 +303,7 @@ impl Cpu {
     }
 
     /// What other vCPUs and devices did to code.
-    fn drop_changed_code(&mut self) {
+    pub fn drop_changed_code(&mut self) {
         let mail = self.mail.clone();
         for letter in mail.take() {
             match letter {

@@ -1,9 +1,10 @@
 //! Descriptors, segment loads and far control transfers (Intel SDM vol. 3, chapters 3, 6 and 7).
 
 use crate::{
-    cpu::{Cpu, Segment, efer, mode, rflags, rights, sreg},
+    cpu::{Cpu, Segment, efer, rflags, rights, sreg},
     fault::{Fault, Run, vector},
     mmu::canonical,
+    task::Switch,
 };
 
 /// A descriptor as it stands in the GDT or LDT.
@@ -259,11 +260,22 @@ impl Cpu {
         }
         match d.kind() {
             4 | 12 if !(self.long_mode() && d.kind() == 4) => self.far_gate(d, selector, bytes, back, call),
-            1 | 5 | 9 if !self.long_mode() => {
-                self.unsupported("a hardware task switch (far transfer to a TSS or task gate)")
-            }
+            1 | 5 | 9 if !self.long_mode() => self.far_task(d, selector, back, call),
             _ => self.gp(selector_error(selector)),
         }
+    }
+
+    /// To a TSS or through a task gate.
+    fn far_task(&mut self, d: Descriptor, selector: u16, back: u64, call: bool) -> Run {
+        let error = selector_error(selector);
+        if d.dpl() < self.cpl || d.dpl() < rpl(selector) {
+            return self.gp(error);
+        }
+        if !d.present() {
+            return self.raise(Fault::with(vector::NP, error));
+        }
+        let target = if d.kind() == 5 { d.gate().0 } else { selector };
+        self.task_switch(target, if call { Switch::Nested } else { Switch::Jump }, back, None)
     }
 
     fn far_direct(&mut self, d: Descriptor, selector: u16, offset: u64, bytes: usize, back: u64, call: bool) -> Run {
@@ -535,6 +547,9 @@ impl Cpu {
     }
 
     pub fn roll_back(&mut self, (seg, sp, rip, cpl, flags): ([Segment; 6], u64, u64, u8, u64)) {
+        if self.switched {
+            return;
+        }
         self.seg = seg;
         self.regs.gpr[4] = sp;
         self.rip = rip;
@@ -639,10 +654,5 @@ impl Cpu {
         self.cpl = 3;
         self.refresh();
         Ok(())
-    }
-
-    /// Whether code of this mode may use segment overrides' limits at all.
-    pub fn is_legacy_code(&self) -> bool {
-        self.mode & mode::CODE != mode::CODE64
     }
 }

@@ -16,7 +16,7 @@ pub mod request {
     pub const SIPI: u32 = 1 << 3;
     /// [`vireo_cpu::Kick`]: come back from `run`.
     pub const KICK: u32 = 1 << 4;
-    /// Another vCPU or a device changed code: work through the invalidation queue.
+    /// Another vCPU or a device changed code: work through the invalidation queue before anything else runs.
     pub const CODE: u32 = 1 << 5;
     /// The local APIC timer is due.
     pub const TIMER: u32 = 1 << 6;
@@ -42,6 +42,11 @@ impl VcpuSignal {
         }
     }
 
+    /// Asks for attention before the vCPU runs on, but lets it sleep.
+    pub fn note(&self, bits: u32) {
+        self.requests.fetch_or(bits, Ordering::SeqCst);
+    }
+
     /// One relaxed load: what the run loop looks at between blocks.
     #[inline(always)]
     pub fn pending(&self) -> u32 {
@@ -53,11 +58,11 @@ impl VcpuSignal {
         self.requests.fetch_and(!bits, Ordering::SeqCst) & bits
     }
 
-    /// Sleeps until a request is raised or `until` is past.
+    /// Sleeps until a request is raised or `until` is past. News of code are no reason to wake.
     pub fn sleep(&self, until: Option<Instant>) {
         let Ok(mut guard) = self.lock.lock() else { return };
         self.asleep.store(true, Ordering::SeqCst);
-        while self.requests.load(Ordering::SeqCst) == 0 {
+        while self.requests.load(Ordering::SeqCst) & !request::CODE == 0 {
             match until {
                 None => match self.wake.wait(guard) {
                     Ok(g) => guard = g,

@@ -71,6 +71,7 @@ impl Cpu {
     }
 
     pub fn restore(&mut self, state: &CpuState) -> Result<(), CpuError> {
+        self.see_letters();
         self.clear_code();
         self.tlb.flush_all();
         self.regs.gpr[..16].copy_from_slice(&state.gpr);

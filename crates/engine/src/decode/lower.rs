@@ -716,9 +716,9 @@ impl Lower<'_> {
             M::Btr => self.bit(bits::Change::Reset),
             M::Btc => self.bit(bits::Change::Complement),
             M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetch | M::Prefetchw | M::Prefetchwt1 | M::Prefetcht0
-            | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Reservednop | M::Sfence => Some(data::nop),
+            | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Reservednop => Some(data::nop),
             M::Pause => self.system(System::Wait, 0),
-            M::Mfence | M::Lfence => Some(native::fence),
+            M::Mfence | M::Lfence | M::Sfence => Some(native::fence),
             M::Clflush | M::Clflushopt | M::Clwb => Some(native::touch),
             M::Vzeroupper => Some(native::vzeroupper),
             M::Cbw => Some(data::extend_acc::<u16>),

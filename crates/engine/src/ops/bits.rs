@@ -1,6 +1,6 @@
 //! BT, BTS, BTR and BTC with a bit offset in a register or an immediate, also locked and on bit strings.
 
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::{attempt, next};
 use crate::{
@@ -74,11 +74,19 @@ fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
     if op.aux & 3 == 0 {
         return Ok(cpu.load::<T>(at)?.to_u64() & bit != 0);
     }
-    if op.aux & LOCK != 0
-        && at.is_multiple_of(T::BYTES as u64)
-        && let Some(host) = cpu.direct(at, T::BYTES as u64, true)?
-    {
-        return Ok(unsafe { atomic::<T>(host, bit, op.aux) });
+    if op.aux & LOCK != 0 {
+        // Of the operand only the byte with the bit changes, which is always aligned.
+        let byte = usize::from(bit.trailing_zeros() as u8 / 8);
+        if let Some(host) = cpu.direct(at, T::BYTES as u64, true)? {
+            // SAFETY: `direct` gave a pointer to the whole operand.
+            return Ok(unsafe { atomic(host.add(byte), bit, op.aux) });
+        }
+        if let Some((host, gpa)) = cpu.in_ram(at, T::BYTES as u64, true)? {
+            // SAFETY: as above, of `in_ram`.
+            let was = unsafe { atomic(host.add(byte), bit, op.aux) };
+            cpu.settle(gpa);
+            return Ok(was);
+        }
     }
     let aux = op.aux;
     let mut was = false;
@@ -91,27 +99,18 @@ fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
     Ok(was)
 }
 
-/// Atomically changes one bit; returns what it was.
+/// Atomically changes the bit that `bit` is in its byte of the operand; returns what it was.
 ///
 /// # Safety
-/// `host` points at an aligned `T` in guest RAM.
-unsafe fn atomic<T: Int>(host: *mut u8, bit: u64, aux: u16) -> bool {
-    macro_rules! on {
-        ($atomic:ty, $int:ty) => {{
-            // SAFETY: by the contract above.
-            let cell = unsafe { &*host.cast::<$atomic>() };
-            let bit = bit as $int;
-            let old = match aux & 3 {
-                1 => cell.fetch_or(bit, Ordering::SeqCst),
-                2 => cell.fetch_and(!bit, Ordering::SeqCst),
-                _ => cell.fetch_xor(bit, Ordering::SeqCst),
-            };
-            old & bit != 0
-        }};
-    }
-    match T::BYTES {
-        2 => on!(AtomicU16, u16),
-        4 => on!(AtomicU32, u32),
-        _ => on!(AtomicU64, u64),
-    }
+/// `host` points at that byte, in guest RAM.
+unsafe fn atomic(host: *mut u8, bit: u64, aux: u16) -> bool {
+    // SAFETY: by the contract above.
+    let cell = unsafe { &*host.cast::<AtomicU8>() };
+    let bit = 1u8 << (bit.trailing_zeros() % 8);
+    let old = match aux & 3 {
+        1 => cell.fetch_or(bit, Ordering::SeqCst),
+        2 => cell.fetch_and(!bit, Ordering::SeqCst),
+        _ => cell.fetch_xor(bit, Ordering::SeqCst),
+    };
+    old & bit != 0
 }

@@ -4,7 +4,7 @@ use std::ptr;
 
 use super::{attempt, fault};
 use crate::{
-    cpu::{Cpu, mode},
+    cpu::Cpu,
     fault::{Fault, Run},
     int::{Int, condition},
     mmu::{Access, canonical},
@@ -276,10 +276,10 @@ pub unsafe fn undefined(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     unsafe { fault(cpu, op) }
 }
 
-/// Fetching this instruction failed (a page fault on its second page, or a segment limit): the decoder left
-/// it as the last of its block, and the run loop meets the fault when it looks the address up again.
+/// There was no room for this instruction's stub: it is decoded again with all old code dropped.
 pub unsafe fn refetch(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     let target = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from(unsafe { (*op).off })) & cpu.ip_mask;
-    debug_assert!(cpu.mode & mode::CODE <= mode::CODE64);
+    // Also of this block, which may begin here; its memory is not reused before something is decoded.
+    cpu.clear_code();
     go_to(cpu, target)
 }

@@ -41,7 +41,11 @@ pub unsafe fn next(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 pub unsafe fn fault(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     // SAFETY: see the module.
     unsafe {
+        let at = cpu.rip;
         leave_at(cpu, op);
+        if std::mem::take(&mut cpu.switched) {
+            cpu.rip = at;
+        }
         if cpu.fault == NON_CANONICAL && usize::from((*op).seg) == sreg::SS {
             cpu.fault = Fault::with(vector::SS, 0);
         }
@@ -189,14 +193,21 @@ impl Cpu {
     #[inline(always)]
     pub fn modify<T: Int>(&mut self, linear: u64, change: impl FnOnce(T, &mut u16) -> T) -> Run {
         let mut flags = self.regs.flags;
-        if let Some(at) = self.direct(linear, T::BYTES as u64, true)? {
-            // SAFETY: `direct` gave a pointer to that many bytes of guest RAM.
+        let ram = match self.direct(linear, T::BYTES as u64, true)? {
+            Some(at) => Some((at, None)),
+            None => self.in_ram(linear, T::BYTES as u64, true)?.map(|(at, gpa)| (at, Some(gpa))),
+        };
+        if let Some((at, gpa)) = ram {
+            // SAFETY: `direct` and `in_ram` give a pointer to that many bytes of guest RAM.
             unsafe {
                 let old = ptr::read_unaligned(at.cast::<T>());
                 ptr::write_unaligned(at.cast::<T>(), change(old, &mut flags));
             }
+            if let Some(gpa) = gpa {
+                self.settle(gpa);
+            }
         } else {
-            // A page crossing, a device, or a page with code: writability first, so that a fault is a write's.
+            // A page crossing or a device: writability first, so that a fault is a write's.
             let mut bytes = [0; 8];
             self.check_writable(linear, T::BYTES)?;
             self.read_bytes(linear, &mut bytes[..T::BYTES], false)?;

@@ -97,7 +97,15 @@ impl Cpu {
             // SAFETY: as above; `direct` gave a pointer to that many bytes of guest RAM.
             return unsafe { self.fpu.call(stub, &mut self.regs, host) }.or_else(|t| self.trap(t.widen()));
         }
-        // Page crossing, a device, or a page with code: through the bounce buffer.
+        if let Some((host, gpa)) = self.in_ram(at, bytes as u64, write)? {
+            // SAFETY: as above, of `in_ram`.
+            let done = unsafe { self.fpu.call(stub, &mut self.regs, host) };
+            if write {
+                self.settle(gpa);
+            }
+            return done.or_else(|t| self.trap(t.widen()));
+        }
+        // Page crossing or a device: through the bounce buffer. The lock is one among such accesses only.
         let shared = self.shared.clone();
         let _guard = stub.locked.then(|| shared.split_lock());
         if write {
@@ -118,8 +126,8 @@ impl Cpu {
 
     /// Whether reading the operand of a pure store first is harmless.
     fn direct_ram(&mut self, at: u64, bytes: usize) -> bool {
-        matches!(self.direct(at, 1, false), Ok(Some(_)))
-            && matches!(self.direct(at.wrapping_add(bytes as u64 - 1), 1, false), Ok(Some(_)))
+        matches!(self.in_ram(at, 1, false), Ok(Some(_)))
+            && matches!(self.in_ram(at.wrapping_add(bytes as u64 - 1), 1, false), Ok(Some(_)))
     }
 }
 
@@ -226,7 +234,8 @@ pub unsafe fn vzeroupper(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     }
 }
 
-/// MFENCE and LFENCE: what other vCPUs and device threads see is what the host orders.
+/// MFENCE, LFENCE and SFENCE: what other vCPUs and device threads see is what the host orders, also of non-temporal
+/// stores, which run natively.
 pub unsafe fn fence(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
     unsafe { next(cpu, op) }

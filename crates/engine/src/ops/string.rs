@@ -4,7 +4,7 @@ use std::ptr;
 
 use super::{attempt, next};
 use crate::{
-    cpu::{Cpu, rflags, sreg},
+    cpu::{Cpu, mode, rflags, sreg},
     fault::Run,
     int::{Int, ZF},
     mmu::Access,
@@ -81,13 +81,18 @@ unsafe fn repeat(cpu: &mut Cpu, op: *const Uop, mut element: impl FnMut(&mut Cpu
         }
         let mut left = cpu.counter(o);
         let mut since = 0;
+        let stepping = cpu.mode & mode::SINGLE != 0 && cpu.rflags & rflags::TF != 0;
         while left != 0 {
-            let (done, more) = attempt!(cpu, op, element(cpu, o, left));
+            let (done, more) = attempt!(cpu, op, element(cpu, o, if stepping { 1 } else { left }));
             left -= done;
             since += done;
             cpu.set_indexed(RCX, left, o);
             if !more {
                 break;
+            }
+            // A debug trap comes after each iteration (Intel SDM vol. 3, 18.3.1.4 and 18.2.4).
+            if (stepping || cpu.breakpoint_hits != 0) && left != 0 {
+                return super::abort(cpu, op);
             }
             if since >= BATCH && left != 0 {
                 since = 0;

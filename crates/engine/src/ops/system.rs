@@ -1,7 +1,7 @@
 //! Instructions that look at or change the system: rare enough to share one handler and a table.
 
 use crate::{
-    cpu::{Cpu, cr0, cr4, efer, mode, rflags, rights, sreg},
+    cpu::{Cpu, cr0, cr4, efer, rflags, rights, sreg},
     fault::{Fault, Run, vector},
     interrupt::Source,
     mmu::{Access, canonical},
@@ -9,7 +9,7 @@ use crate::{
     ops::flow::{leave, return_address},
     segment::rpl,
     tlb::PAGE_MASK,
-    uop::{Ctl, Uop, address},
+    uop::{Ctl, Uop},
 };
 
 /// How the block goes on after a system instruction.
@@ -187,6 +187,7 @@ impl Cpu {
             self.cpl = 0;
         }
         if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
+            self.see_letters();
             self.tlb.flush_all();
         }
         self.refresh();
@@ -201,6 +202,7 @@ impl Cpu {
         if self.long_mode() && value >> crate::mmu::PHYSICAL_BITS != 0 {
             return self.gp(0);
         }
+        self.see_letters();
         self.cr3 = value;
         let pcid = if pcids { (value & PAGE_MASK) as u16 } else { 0 };
         self.tlb.switch(pcid, keep);
@@ -218,6 +220,7 @@ impl Cpu {
         }
         self.cr4 = value;
         if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
+            self.see_letters();
             self.tlb.flush_all();
         }
         self.refresh();
@@ -334,6 +337,7 @@ impl Cpu {
         let changed = value ^ self.efer;
         self.efer = value & !efer::LMA | self.efer & efer::LMA;
         if changed & efer::NXE != 0 {
+            self.see_letters();
             self.tlb.flush_all();
         }
         self.refresh();
@@ -508,7 +512,8 @@ fn into(cpu: &mut Cpu, op: &Uop) -> Run<After> {
 }
 
 fn iret(cpu: &mut Cpu, op: &Uop) -> Run<After> {
-    cpu.interrupt_return(bytes(op))?;
+    let next = return_address(cpu, op);
+    cpu.interrupt_return(bytes(op), next)?;
     cpu.nmi_masked = false;
     if cpu.nmi_pending {
         cpu.signal.raise(crate::signal::request::NMI);
@@ -622,6 +627,7 @@ fn invlpg(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     cpu.require_ring0()?;
     let offset = cpu.offset_of(op) & Cpu::address_mask(op);
     let at = offset.wrapping_add(cpu.seg_base[op.seg as usize]);
+    cpu.see_letters();
     cpu.tlb.flush_page(at);
     Ok(After::Leave)
 }
@@ -636,6 +642,7 @@ fn invpcid(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     if kind > 3 || (kind < 2 && (pcid >> 12 != 0 || (!pcids && pcid != 0))) || (kind == 0 && !canonical(linear)) {
         return cpu.gp(0);
     }
+    cpu.see_letters();
     match kind {
         0 => cpu.tlb.flush_page(linear),
         1 => cpu.tlb.flush_space(pcid as u16),
@@ -718,6 +725,7 @@ fn write_dr(cpu: &mut Cpu, op: &Uop) -> Run<After> {
         5 => value & 0xffff_2bff | 0x400,
         _ => value,
     };
+    cpu.see_letters();
     cpu.tlb.flush_all();
     cpu.refresh();
     Ok(After::Leave)
@@ -872,12 +880,14 @@ fn arpl(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     Ok(After::Next)
 }
 
-/// Loads segment register `index`; SS holds interrupts off for an instruction.
+/// Loads segment register `index`; SS holds interrupts off for an instruction, and has no single-step trap
+/// (Intel SDM vol. 3, 7.8.3).
 fn load_segment(cpu: &mut Cpu, index: usize, selector: u16) -> Run<After> {
     let before = cpu.mode;
     cpu.load_data_segment(index, selector)?;
     if index == sreg::SS {
         cpu.shadow = true;
+        cpu.transferred = true;
         return Ok(After::Leave);
     }
     Ok(if cpu.mode == before { After::Next } else { After::Leave })
@@ -928,7 +938,8 @@ fn far_target(cpu: &mut Cpu, op: &Uop) -> Run<(u16, u64)> {
 
 fn far_jmp(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     let (selector, offset) = far_target(cpu, op)?;
-    cpu.far_transfer(selector, offset, bytes(op), 0, false)?;
+    let next = return_address(cpu, op);
+    cpu.far_transfer(selector, offset, bytes(op), next, false)?;
     Ok(After::Jumped)
 }
 
@@ -982,9 +993,16 @@ fn hypercall(cpu: &mut Cpu, _: &Uop) -> Run<After> {
     Ok(After::Next)
 }
 
-/// PAUSE: other vCPUs and device threads may need this host core.
-fn wait_for(cpu: &mut Cpu, op: &Uop) -> Run<After> {
-    debug_assert!(op.asz <= address::LEGACY16 && cpu.mode & mode::CODE <= mode::CODE64);
-    std::hint::spin_loop();
+/// PAUSEs between two offers of the host's core to other threads.
+const PATIENCE: u32 = 64;
+
+/// PAUSE: the vCPU or device thread that is waited for may need this host core.
+fn wait_for(cpu: &mut Cpu, _: &Uop) -> Run<After> {
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(PATIENCE) {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
     Ok(After::Next)
 }
