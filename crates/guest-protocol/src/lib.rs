@@ -64,6 +64,9 @@ pub struct Exec {
     /// A name in the guest's `/etc/passwd`; root where there is none.
     #[n(4)]
     pub user: Option<String>,
+    /// Start the command once the guest has a default route, or after this many milliseconds.
+    #[n(5)]
+    pub network_wait_ms: Option<u32>,
 }
 
 /// How a command ended.
@@ -242,6 +245,7 @@ mod tests {
                 directory: Some("/tmp".into()),
                 terminal: Some(WindowSize { rows: 24, columns: 80 }),
                 user: None,
+                network_wait_ms: Some(5000),
             }),
             ToAgent::Stdin(vec![0, 1, 255]),
             ToAgent::StdinEnd,

@@ -23,6 +23,8 @@ use crate::{exit::Failure, image, state::StateArgs};
 
 /// What the guest's vsock device answers to; nobody but this process talks to it.
 const GUEST_CID: u32 = 3;
+/// How long a command waits for the guest's network, if the machine has one.
+const NETWORK_WAIT_MS: u32 = 15_000;
 /// How long a guest that was asked to power off may take before it is stopped.
 const POWER_OFF: Duration = Duration::from_secs(10);
 
@@ -76,12 +78,13 @@ pub struct Args {
 
 /// Returns the command's exit status.
 pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failure> {
-    let exec = session::request(&args.command, &args.environment, args.user.clone(), args.workdir.clone())?;
+    let mut exec = session::request(&args.command, &args.environment, args.user.clone(), args.workdir.clone())?;
     let store = state.store()?;
     let image = image::find_or_build(&store, &args.image)?;
     let console = Console::new(args.verbose);
     let config = machine_config(&args, &image, state, &console)?;
     let control = Control::default();
+    exec.network_wait_ms = (!config.nics.is_empty()).then_some(NETWORK_WAIT_MS);
     let machine = Running::start(config, &control)?;
     let signals = session::Signals::install(&control)?;
 

@@ -4,6 +4,7 @@
 //! transport. Whoever can connect to its port from the host is the host: a guest's own programs cannot, as vsock
 //! connections to the agent are accepted from [`HOST_CID`] only.
 
+mod network;
 mod pump;
 mod session;
 mod terminal;

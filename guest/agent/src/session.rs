@@ -10,11 +10,13 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use vireo_guest_protocol::{Exec, Exit, FromAgent, ToAgent};
 
 use crate::{
+    network,
     pump::{self, Out},
     terminal,
     user::User,
@@ -70,6 +72,9 @@ fn command_line(exec: &Exec, user: &User) -> Command {
 
 fn start(exec: &Exec) -> Result<Running, String> {
     let user = User::find(exec.user.as_deref())?;
+    if let Some(limit) = exec.network_wait_ms {
+        network::wait(Duration::from_millis(limit.into()));
+    }
     let mut command = command_line(exec, &user);
     let directory = exec.directory.as_deref().unwrap_or(&user.home);
     if std::path::Path::new(directory).is_dir() {

@@ -50,13 +50,16 @@ pub fn request(
         }
         variables.extend(pair);
     }
-    Ok(Exec { command: command.to_vec(), environment: variables, directory, terminal: None, user })
+    Ok(Exec { command: command.to_vec(), environment: variables, directory, terminal: None, user, network_wait_ms: None })
 }
 
 pub fn read_ready(mut stream: UnixStream) -> Result<Ready, Failure> {
     match FromAgent::read(&mut stream) {
         Ok(Some(FromAgent::Ready(ready))) => Ok(ready),
-        Ok(_) => Err(Failure::new(ExitCode::HostFailure, anyhow!("the guest agent says something else than that it is ready"))),
+        Ok(_) => Err(Failure::new(
+            ExitCode::HostFailure,
+            anyhow!("the guest agent says something else than that it is ready"),
+        )),
         Err(error) => Err(lost(error)),
     }
 }
@@ -97,8 +100,7 @@ pub struct Signals {
 
 impl Signals {
     pub fn install(control: &Control) -> Result<Self, Failure> {
-        let signals =
-            Self { session: Sender::default(), count: Arc::default(), stopped: Arc::default() };
+        let signals = Self { session: Sender::default(), count: Arc::default(), stopped: Arc::default() };
         let (session, count, stopped) = (signals.session.clone(), signals.count.clone(), signals.stopped.clone());
         let control = control.clone();
         on_signals(move |signal| {
