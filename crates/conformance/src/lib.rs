@@ -84,6 +84,9 @@ table! { $
     smp {
         start_by_sipi, atomic_counters, ipis_both_ways, broadcast, code_of_the_other, shootdown,
     }
+    contention {
+        atomics_beside_code, entries_taken_away,
+    }
     code {
         modified_by_itself, modified_ahead, across_pages, moved_pages,
     }

@@ -1,6 +1,7 @@
 //! The guests, by what they are about.
 
 pub mod code;
+pub mod contention;
 pub mod cpu;
 pub mod exceptions;
 pub mod interrupts;

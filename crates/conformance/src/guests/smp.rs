@@ -7,11 +7,11 @@
 use crate::Expected::Reports;
 
 macro_rules! smp_guest {
-    ($(#[$doc:meta])* $name:ident, $vcpus:literal, $reports:expr, $text:literal) => {
+    ($(#[$doc:meta])* $module:ident $name:ident, $vcpus:literal, $reports:expr, $text:literal) => {
         $(#[$doc])*
         pub fn $name() -> crate::Guest {
             mod text {
-                crate::asm::code!(bytes, concat!("smp_", stringify!($name)), concat!(
+                crate::asm::code!(bytes, concat!(stringify!($module), "_", stringify!($name)), concat!(
                     r#"
                     .macro ICR destination, command
                         mov dword ptr [r11 + 0x310], \destination << 24
@@ -85,7 +85,7 @@ macro_rules! smp_guest {
                 }
             }
             crate::Guest {
-                name: concat!("smp::", stringify!($name)),
+                name: concat!(stringify!($module), "::", stringify!($name)),
                 code: text::get(),
                 start: crate::Start::Long,
                 vcpus: $vcpus,
@@ -96,10 +96,11 @@ macro_rules! smp_guest {
         }
     };
 }
+pub(super) use smp_guest;
 
 smp_guest! {
     /// INIT and start-up IPI: where it starts, in which state, and that a second start-up IPI does nothing.
-    start_by_sipi, 2, &[0, 1, 0x0a00, 1, 0x77],
+    smp start_by_sipi, 2, &[0, 1, 0x0a00, 1, 0x77],
     r#"
         mov eax, [r11 + 0x20]
         shr eax, 24
@@ -131,7 +132,7 @@ smp_guest! {
 
 smp_guest! {
     /// LOCK INC, LOCK XADD, LOCK CMPXCHG and XCHG lose nothing; a spin lock of XCHG excludes.
-    atomic_counters, 2, &[600, 600, 600, 600, 600],
+    smp atomic_counters, 2, &[600, 600, 600, 600, 600],
     r#"
         START 1, 0, 22f
         call 22f
@@ -175,7 +176,7 @@ smp_guest! {
 
 smp_guest! {
     /// Two halted processors wake each other, ten times.
-    ipis_both_ways, 2, &[10, 10, 0x77],
+    smp ipis_both_ways, 2, &[10, 10, 0x77],
     r#"
         HANDLER 0x50, 24f
         HANDLER 0x51, 25f
@@ -214,7 +215,7 @@ smp_guest! {
 
 smp_guest! {
     /// All but oneself, all, one logical destination, an NMI to another.
-    broadcast, 3, &[2, 0x66, 2, 0x67, 3, 0x68, 1, 1],
+    smp broadcast, 3, &[2, 0x66, 2, 0x67, 3, 0x68, 1, 1],
     r#"
         HANDLER 0x50, 24f
         HANDLER 0x52, 25f
@@ -278,7 +279,7 @@ smp_guest! {
 
 smp_guest! {
     /// One processor changes code that the other runs; the other serialises and runs the new.
-    code_of_the_other, 2, &[0x11, 0x22, 0x33, 0x44, 0x77],
+    smp code_of_the_other, 2, &[0x11, 0x22, 0x33, 0x44, 0x77],
     r#"
         mov dword ptr [0x90000], 0x000011b8 // MOV EAX, 0x11
         mov word ptr [0x90004], 0xc300 // RET
@@ -312,7 +313,7 @@ smp_guest! {
 
 smp_guest! {
     /// A TLB shootdown: one processor changes a translation, the other drops it when told by an IPI.
-    shootdown, 2, &[0x90, 0x91, 0x92, 0x77],
+    smp shootdown, 2, &[0x90, 0x91, 0x92, 0x77],
     r#"
         HANDLER 0x50, 24f
         mov dword ptr [0x90000], 0x90
