@@ -62,6 +62,8 @@ pub const ACPI_START: u64 = 0xe_0000;
 pub const ACPI_BYTES: u64 = 0x1_0000;
 /// The SMBIOS entry point, searched for by kernels in 0xF0000..0x100000, then its table.
 pub const SMBIOS_START: u64 = 0xf_0000;
-pub const SMBIOS_BYTES: u64 = 0x1_0000;
+pub const SMBIOS_BYTES: u64 = 0x1_0000 - 16;
+/// Where a processor starts in real mode, in the last 16 bytes of the first MiB.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM begins again above the BIOS area, and the lowest address a kernel may be loaded to.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;

@@ -16,6 +16,7 @@ pub mod host;
 pub mod layout;
 mod machine;
 mod metrics;
+mod reset_vector;
 pub mod smbios;
 mod user_watch;
 mod vcpus;

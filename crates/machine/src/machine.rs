@@ -22,7 +22,7 @@ use crate::{
     events::{End, Events, restarts_on_panic},
     layout::LOW_RAM_LIMIT,
     metrics::{MemorySampler, MemoryUse},
-    smbios,
+    reset_vector, smbios,
     vcpus::{self, Vcpus},
 };
 
@@ -156,6 +156,7 @@ impl Machine {
         let sampler = config.metrics.then(|| MemorySampler::start(&memory));
         let rsdp = acpi::write(&memory, &AcpiConfig { vcpus: config.vcpus })?;
         smbios::write(&memory)?;
+        reset_vector::write(&memory)?;
         let loaded = boot::load(&memory, &boot_source(config, choice.kind), rsdp)?;
         let created = choice.kind.create(&memory)?;
         let engine = created.engine.clone();

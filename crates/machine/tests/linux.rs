@@ -12,15 +12,19 @@ use vireo_machine::{
     run,
 };
 
-const SCRIPT: &str = "\
-/bin/busybox mount -t proc proc /proc
-echo \"init reached with $(/bin/busybox grep -c ^processor /proc/cpuinfo) processors\"
-/bin/busybox poweroff -f
-";
+/// Says how many processors there are, and ends by `how`.
+fn script(how: &str) -> String {
+    format!(
+        "/bin/busybox mount -t proc proc /proc
+         echo \"init reached with $(/bin/busybox grep -c ^processor /proc/cpuinfo) processors\"
+         /bin/busybox {how}
+        "
+    )
+}
 
-fn boot(kernel: &Path, busybox: &[u8], vcpus: u32) {
+fn boot(kernel: &Path, busybox: &[u8], vcpus: u32, how: &str, outcome: &Outcome) {
     let folder = tempfile::tempdir().unwrap();
-    let initrd = Some(write(folder.path(), "initrd", &initramfs(busybox, SCRIPT)));
+    let initrd = Some(write(folder.path(), "initrd", &initramfs(busybox, &script(how))));
     let cmdline = "console=ttyS0 panic=-1".into();
     let boot = BootConfig { kernel: kernel.to_owned(), initrd, cmdline, decompressor: None };
     let serial = Captured::default();
@@ -34,23 +38,26 @@ fn boot(kernel: &Path, busybox: &[u8], vcpus: u32) {
     };
     let report = run(&config, &Control::default(), |_| {}).unwrap();
     let text = serial.text();
-    assert_eq!(report.outcome, Outcome::PowerOff, "{}: {text}", kernel.display());
+    assert_eq!(report.outcome, *outcome, "{}: {text}", kernel.display());
     assert!(text.contains(&format!("init reached with {vcpus} processors")), "{}: {text}", kernel.display());
+    assert!(report.first_user.is_some() && report.first_user > report.kernel_entry);
 }
 
 #[test]
-fn stock_kernels_reach_init_and_power_off() {
+fn stock_kernels_reach_init_and_end_as_they_are_told() {
+    let test = "stock_kernels_reach_init_and_end_as_they_are_told";
     let Some(busybox) = busybox() else {
-        println!("SKIPPED: stock_kernels_reach_init_and_power_off: no busybox (package busybox-static)");
+        println!("SKIPPED: {test}: no busybox (package busybox-static)");
         return;
     };
     let kernels = linux_kernels();
     if kernels.is_empty() {
-        println!("SKIPPED: stock_kernels_reach_init_and_power_off: VIREO_TEST_KERNELS names no kernel");
+        println!("SKIPPED: {test}: VIREO_TEST_KERNELS names no kernel");
     }
     for kernel in kernels {
         for vcpus in [1, 2, 4] {
-            boot(&kernel, &busybox, vcpus);
+            boot(&kernel, &busybox, vcpus, "poweroff -f", &Outcome::PowerOff);
         }
+        boot(&kernel, &busybox, 2, "reboot -f", &Outcome::Reset);
     }
 }
