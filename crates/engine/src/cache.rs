@@ -21,7 +21,6 @@ pub struct Block {
     pub count: u32,
     /// Ops that stand for instructions (fewer where some are fused).
     pub abortable: u32,
-    pub bytes: u16,
     /// [`crate::cpu::Cpu::mode`] that it was decoded for.
     pub mode: u8,
     pub valid: bool,
@@ -35,7 +34,6 @@ pub struct Block {
 /// What [`BlockCache::insert`] is told of a block; see [`Block`].
 pub struct Shape {
     pub mode: u8,
-    pub bytes: u16,
     pub second_page: Option<u64>,
     pub count: u32,
     pub abortable: u32,
@@ -122,7 +120,7 @@ impl BlockCache {
 
     /// Adds a block of at most [`MAX_BLOCK`] + 1 decoded instructions; [`Self::is_full`] was checked.
     pub fn insert(&mut self, gpa: u64, shape: Shape, ops: &[Uop]) -> *const Block {
-        let Shape { mode, bytes, second_page, count, abortable } = shape;
+        let Shape { mode, second_page, count, abortable } = shape;
         let at = self.used;
         self.used += ops.len();
         self.decoded += u64::from(count);
@@ -139,7 +137,6 @@ impl BlockCache {
             ops,
             count,
             abortable,
-            bytes,
             mode,
             valid: true,
             gpa,

@@ -133,7 +133,7 @@ impl Cpu {
         if !ended {
             ops.push(Uop { handler: flow::end, off: length as u16, ..BLANK });
         }
-        let shape = Shape { mode: self.mode, bytes: length as u16, second_page, count: count as u32, abortable };
+        let shape = Shape { mode: self.mode, second_page, count: count as u32, abortable };
         let block = self.cache.insert(start, shape, &ops);
         self.scratch_ops = ops;
         Ok(block)

@@ -7,6 +7,7 @@ use crate::regs::PackedFlags;
 
 pub const CF: PackedFlags = 1 << 8;
 pub const PF: PackedFlags = 1 << 10;
+#[cfg(not(target_arch = "x86_64"))]
 pub const AF: PackedFlags = 1 << 12;
 pub const ZF: PackedFlags = 1 << 14;
 pub const SF: PackedFlags = 1 << 15;
