@@ -1,4 +1,4 @@
-//! The file that `--metrics` writes; `docs/cli.md` describes its fields.
+//! The file that `--metrics` writes; `docs/boot.md` describes its fields.
 
 use std::{
     fs::{self, File, OpenOptions},
