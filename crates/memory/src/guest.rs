@@ -14,6 +14,10 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Where RAM goes on above the PCI hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 
+/// Inaccessible address space on either side of RAM: whoever runs past its end is stopped by the host, not let into
+/// what happens to lie there. As large as a huge page, so that RAM begins on one where the host starts mappings so.
+const GUARD_BYTES: usize = 2 << 20;
+
 const WATCHED: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +64,7 @@ struct Inner {
     watch: OnceLock<Arc<dyn PageWatch>>,
 }
 
-// SAFETY: `base` is a shared mapping owned by `Inner` and unmapped on drop; all access through it is
+// SAFETY: `base` lies in a mapping owned by `Inner` and unmapped on drop; all access through it is
 // volatile or atomic.
 unsafe impl Send for Inner {}
 // SAFETY: as above.
@@ -68,8 +72,8 @@ unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `GuestMemory::new` with this address and length.
-        unsafe { libc::munmap(self.base.cast(), self.bytes as usize) };
+        // SAFETY: the reservation was made by `reserve` with this address and length.
+        unsafe { libc::munmap(self.base.sub(GUARD_BYTES).cast(), self.bytes as usize + 2 * GUARD_BYTES) };
     }
 }
 
@@ -79,29 +83,37 @@ impl fmt::Debug for GuestMemory {
     }
 }
 
+/// Maps `bytes` of zeroed memory between guards; the mapping is all of it, guards included.
+fn reserve(bytes: usize) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let all = bytes.checked_add(2 * GUARD_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
+    // SAFETY: a fresh anonymous mapping; the result is checked.
+    let start = unsafe { libc::mmap(ptr::null_mut(), all, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the guards and `bytes` between them make up the mapping.
+    let base = unsafe { start.cast::<u8>().add(GUARD_BYTES) };
+    // SAFETY: within the mapping above, which is ours alone.
+    if unsafe { libc::mprotect(base.cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+        let error = io::Error::last_os_error();
+        // SAFETY: the mapping made above, which nobody has seen.
+        unsafe { libc::munmap(start, all) };
+        return Err(error);
+    }
+    Ok(base)
+}
+
 impl GuestMemory {
     /// `bytes` of zeroed RAM, of which at most `low_limit` lie below the PCI hole.
     pub fn new(bytes: u64, low_limit: u64) -> Result<Self, MemoryError> {
         if bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES) {
             return Err(MemoryError::Unaligned(bytes));
         }
-        // SAFETY: a fresh anonymous mapping; the result is checked.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                bytes as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(MemoryError::Map { bytes, source: io::Error::last_os_error() });
-        }
+        let base = reserve(bytes as usize).map_err(|source| MemoryError::Map { bytes, source })?;
         let flags = (0..bytes / PAGE_BYTES).map(|_| AtomicU8::new(0)).collect();
         let low_bytes = bytes.min(low_limit);
-        Ok(Self(Arc::new(Inner { base: base.cast(), bytes, low_bytes, flags, watch: OnceLock::new() })))
+        Ok(Self(Arc::new(Inner { base, bytes, low_bytes, flags, watch: OnceLock::new() })))
     }
 
     pub fn downgrade(&self) -> WeakGuestMemory {
@@ -310,6 +322,31 @@ mod tests {
         memory.unwatch_page(0x1000);
         memory.write(0x1000, &[1]).unwrap();
         assert_eq!(*log.0.lock().unwrap(), [(0x1000, 0x1000)]);
+    }
+
+    #[test]
+    fn ram_lies_between_guards() {
+        let memory = GuestMemory::new(4 << 12, 4 << 12).unwrap();
+        let (_, base, bytes) = memory.ranges()[0];
+        // The kernel copies from where this process may read: it is asked, so that nothing faults here.
+        let readable = |at: *const u8| {
+            let mut pipe = [0; 2];
+            // SAFETY: a pipe of our own; write(2) fails with EFAULT on what cannot be read.
+            unsafe {
+                assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
+                let written = libc::write(pipe[1], at.cast(), 1);
+                for fd in pipe {
+                    libc::close(fd);
+                }
+                written == 1
+            }
+        };
+        let at = |offset: isize| base.wrapping_offset(offset).cast_const();
+        let end = bytes as isize;
+        assert!(readable(at(0)) && readable(at(end - 1)));
+        for outside in [-1, -(GUARD_BYTES as isize), end, end + GUARD_BYTES as isize - 1] {
+            assert!(!readable(at(outside)), "{outside:#x}");
+        }
     }
 
     #[test]
