@@ -87,8 +87,11 @@ table! { $
     contention {
         atomics_beside_code, entries_taken_away,
     }
+    stepping {
+        repeated_strings, loads_of_ss, changed_bytes,
+    }
     code {
-        modified_by_itself, modified_ahead, across_pages, moved_pages,
+        modified_by_itself, modified_ahead, across_pages, moved_pages, ever_new_operands,
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,

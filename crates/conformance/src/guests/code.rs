@@ -174,3 +174,22 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// A locked addition whose immediate is a new one each time: an engine that keeps something for each must let go.
+    code ever_new_operands, Long, Reports(&[0x2a06_b550]),
+    r#"
+        mov ebx, 0x20000
+        mov edi, 0x90000
+        mov byte ptr [rdi], 0xf0 // LOCK ADD [RBX], imm32; RET
+        mov word ptr [rdi + 1], 0x0381
+        mov byte ptr [rdi + 7], 0xc3
+        mov ecx, 100000
+    22: mov [rdi + 3], ecx
+        call rdi
+        dec ecx
+        jnz 22b
+        REPORT dword ptr [rbx]
+        DONE
+    "#
+}

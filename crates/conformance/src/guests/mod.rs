@@ -10,5 +10,6 @@ pub mod paging;
 pub mod protected;
 pub mod real;
 pub mod smp;
+pub mod stepping;
 pub mod timers;
 pub mod user;
