@@ -246,12 +246,13 @@ impl VcpuClock {
             msr::TSC => self.set_tsc(value),
             msr::TSC_ADJUST => self.adjust.store(value, Ordering::Relaxed),
             msr::KVM_WALL_CLOCK => {
-                self.wall_clock.store(value, Ordering::Relaxed);
-                return Some(self.write_wall_clock(value, memory));
+                // A value that is refused leaves the register as it was, or it would be saved and not restored.
+                let written = self.write_wall_clock(value, memory);
+                return Some(written.inspect(|()| self.wall_clock.store(value, Ordering::Relaxed)));
             }
             msr::KVM_SYSTEM_TIME => {
-                self.system_time.store(value, Ordering::Relaxed);
-                return Some(self.write_system_time(memory));
+                let written = self.write_system_time(value, memory);
+                return Some(written.inspect(|()| self.system_time.store(value, Ordering::Relaxed)));
             }
             _ => return None,
         }
@@ -260,14 +261,13 @@ impl VcpuClock {
 
     /// Writes the kvmclock page anew; after a restore, and whenever this vCPU's TSC was changed.
     pub fn refresh(&self, memory: &GuestMemory) {
-        let _ = self.write_system_time(memory);
+        let _ = self.write_system_time(self.system_time.load(Ordering::Relaxed), memory);
     }
 
     /// `pvclock_vcpu_time_info`: version, pad, tsc_timestamp, system_time, mul, shift, flags
     /// (Linux Documentation/virt/kvm/x86/msr.rst).
-    fn write_system_time(&self, memory: &GuestMemory) -> Result<(), MsrFault> {
+    fn write_system_time(&self, value: u64, memory: &GuestMemory) -> Result<(), MsrFault> {
         const TSC_STABLE: u8 = 1;
-        let value = self.system_time.load(Ordering::Relaxed);
         if value & 1 == 0 {
             return Ok(());
         }

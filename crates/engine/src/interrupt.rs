@@ -1,5 +1,7 @@
 //! Delivery of exceptions and interrupts, and IRET (Intel SDM vol. 3, chapter 7; vol. 2, IRET).
 
+use std::ptr;
+
 use vireo_cpu::CrashInfo;
 
 use crate::{
@@ -44,6 +46,7 @@ impl Cpu {
 
     /// Delivers the exception in `self.fault`; `rip` is what it saves. Escalates to double and triple fault.
     pub fn deliver_fault(&mut self) -> Ctl {
+        self.block = ptr::null();
         let mut first = self.fault;
         // A double fault in turn, then the end (SDM vol. 3, table 7-5).
         for _ in 0..3 {
@@ -82,6 +85,9 @@ impl Cpu {
 
     /// Delivers an external interrupt or NMI at the current instruction boundary.
     pub fn deliver_external(&mut self, vector: u8) -> Ctl {
+        // No block is running: a stack in a device must not make `leave_soon` suspend the last one, or it would stay
+        // so once another block has run.
+        self.block = ptr::null();
         self.counters.interrupts += 1;
         let at = self.rip;
         match self.interrupt(vector, None, Source::External, at) {

@@ -21,7 +21,7 @@ impl Cpu {
     pub fn run_loop(&mut self) -> Exit {
         self.forget_next();
         loop {
-            if (self.signal.pending() != 0 && !self.shadow) || self.halted || self.wait_for_sipi {
+            if self.is_called() || self.halted || self.wait_for_sipi {
                 if let Some(exit) = self.attend() {
                     return exit;
                 }
@@ -61,6 +61,10 @@ impl Cpu {
                             return Ctl::Crash;
                         }
                         self.forget_next();
+                        // A handler that cannot be fetched faults for ever.
+                        if self.is_called() {
+                            return Ctl::Next;
+                        }
                         continue;
                     }
                 };
@@ -69,6 +73,10 @@ impl Cpu {
             if single && self.instruction_breakpoint() {
                 if self.deliver_fault() == Ctl::Crash {
                     return Ctl::Crash;
+                }
+                // So does one with a breakpoint on itself.
+                if self.is_called() {
+                    return Ctl::Next;
                 }
                 continue;
             }
@@ -117,10 +125,18 @@ impl Cpu {
                     self.forget_next();
                 }
             }
-            if self.signal.pending() != 0 && !self.shadow {
+            if self.is_called() {
                 return Ctl::Next;
             }
         }
+    }
+
+    /// Whether requests are to be attended to now. What holds off interrupts does not hold off a kick: a guest can
+    /// load SS for ever.
+    #[inline(always)]
+    fn is_called(&self) -> bool {
+        let pending = self.signal.pending();
+        pending != 0 && (!self.shadow || pending & request::KICK != 0)
     }
 
     /// The block at `rip`, decoded if need be, and linked to from where we come.
@@ -344,6 +360,8 @@ impl Cpu {
     /// Forgets all decoded code.
     pub fn clear_code(&mut self) {
         self.cache.clear();
+        // Their places will be other instructions'.
+        self.suspended.clear();
         self.tlb.flush_jumps();
         if self.stubs_full {
             self.stubs.flush();
