@@ -17,7 +17,8 @@ use crate::virtio::{
 };
 
 const DEVICE_TYPE: u16 = 2;
-const QUEUE_SIZE: u16 = 256;
+/// Twice the pages of a MiB, so that what programs like to read and write at a time stays one request.
+const QUEUE_SIZE: u16 = 512;
 const MAX_QUEUES: u16 = 64;
 /// As long as a wake-up takes, about.
 const MAX_POLL: std::time::Duration = std::time::Duration::from_micros(40);
