@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     guest::{Guest, READY},
-    report::{Figure, Unit},
+    report::{self, Figure, Unit},
     vmm::{Machine, Vmm},
 };
 
@@ -16,16 +16,12 @@ pub fn measure(vmm: &Vmm, guest: &Guest, work: &Path, memory_mib: u64) -> Result
     let machine = Machine { kernel: &guest.kernel, ramdisk: &ramdisk, memory_mib, disk: None, user_network: false };
     let finished = vmm.run(&machine)?;
     let ready = finished.line(READY).context("init did not run")?;
-    let seconds = |name: &str, value| Figure { name: name.into(), unit: Unit::Seconds, value };
+    let seconds = |name: &str, value| Figure { name: name.into(), unit: Unit::Seconds, value, by_cpu: None };
     Ok(vec![
         seconds("boot to /init, CPU", ready.cpu.as_secs_f64()),
         seconds("boot to /init, wall", (ready.at - finished.started).as_secs_f64()),
         seconds("boot to /init and off, CPU", finished.cpu.as_secs_f64()),
         seconds("boot to /init and off, wall", finished.wall.as_secs_f64()),
-        Figure {
-            name: "peak memory outside guest RAM, boot".into(),
-            unit: Unit::MebiBytes,
-            value: finished.outside_guest_bytes as f64 / f64::from(1 << 20),
-        },
+        report::memory("boot", finished.outside_guest_bytes),
     ])
 }

@@ -11,7 +11,8 @@ use vireo_memory::GuestSlice;
 
 use crate::{
     guest::Guest,
-    report::{Figure, Unit},
+    process::Line,
+    report::{self, Figure},
     vmm::{Machine, Vmm},
 };
 
@@ -70,20 +71,10 @@ pub fn measure(
             user_network: false,
         };
         let finished = vmm.run(&machine)?;
-        let rates = rates(&finished.lines.iter().map(|l| (l.at, l.text.as_str())).collect::<Vec<_>>())?;
-        ensure!(rates.len() == TESTS.len() + 2, "the guest ran {} tests of {}", rates.len(), TESTS.len() + 2);
-        let unit = Unit::MegaBytesPerSecond;
-        figures.extend(rates.into_iter().map(|(name, value)| Figure {
-            name: format!("{format}: {name}"),
-            unit,
-            value,
-        }));
-        let value = finished.outside_guest_bytes as f64 / f64::from(1 << 20);
-        figures.push(Figure {
-            name: format!("peak memory outside guest RAM, {format} disk"),
-            unit: Unit::MebiBytes,
-            value,
-        });
+        let moved = moved(&finished.lines)?;
+        ensure!(moved.len() == TESTS.len() + 2, "the guest ran {} tests of {}", moved.len(), TESTS.len() + 2);
+        figures.extend(moved.into_iter().map(|figure| Figure { name: format!("{format}: {}", figure.name), ..figure }));
+        figures.push(report::memory(&format!("{format} disk"), finished.outside_guest_bytes));
     }
     Ok(figures)
 }
@@ -107,20 +98,21 @@ fn script(disk_bytes: u64, scale: f64) -> String {
     script
 }
 
-/// MB/s between each `begin NAME` and its `end NAME BYTES`.
-pub fn rates(lines: &[(std::time::Instant, &str)]) -> Result<Vec<(String, f64)>> {
+/// What the guest moved between each `begin NAME` and its `end NAME BYTES`.
+pub fn moved(lines: &[Line]) -> Result<Vec<Figure>> {
     let mut begun = None;
-    let mut rates = Vec::new();
-    for (at, text) in lines {
-        if let Some(name) = text.strip_prefix("begin ") {
-            begun = Some((name, *at));
-        } else if let Some(rest) = text.strip_prefix("end ") {
+    let mut figures = Vec::new();
+    for line in lines {
+        if let Some(name) = line.text.strip_prefix("begin ") {
+            begun = Some((name, line));
+        } else if let Some(rest) = line.text.strip_prefix("end ") {
             let (name, bytes) = rest.rsplit_once(' ').context("a line of the guest without bytes")?;
             let (_, start) = begun.take().filter(|(begun, _)| *begun == name).context("an end without a beginning")?;
-            rates.push((name.to_owned(), bytes.parse::<f64>()? / 1e6 / (*at - start).as_secs_f64()));
+            let (wall, cpu) = (line.at - start.at, line.cpu.saturating_sub(start.cpu));
+            figures.push(report::rate(name.into(), bytes.parse()?, wall, cpu));
         }
     }
-    Ok(rates)
+    Ok(figures)
 }
 
 /// A disk full of data that are not zeroes, made once for all rounds and both VMMs.
@@ -159,13 +151,14 @@ mod tests {
     #[test]
     fn a_rate_is_bytes_over_time_between_the_lines() {
         let start = Instant::now();
-        let lines = [
-            (start, "bench: init"),
-            (start, "begin read 1M"),
-            (start + Duration::from_millis(500), "end read 1M 100000000"),
-        ];
-        assert_eq!(rates(&lines).unwrap(), [("read 1M".to_owned(), 200.0)]);
-        assert!(rates(&lines[2..]).is_err());
+        let line = |millis, cpu, text: &str| {
+            let (at, cpu) = (start + Duration::from_millis(millis), Duration::from_millis(cpu));
+            Line { at, cpu, text: text.into() }
+        };
+        let lines = [line(0, 0, "bench: init"), line(10, 5, "begin read 1M"), line(510, 255, "end read 1M 100000000")];
+        let figures = moved(&lines).unwrap();
+        assert_eq!((figures[0].name.as_str(), figures[0].value, figures[0].by_cpu), ("read 1M", 200.0, Some(400.0)));
+        assert!(moved(&lines[2..]).is_err());
     }
 
     #[test]

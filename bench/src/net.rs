@@ -11,9 +11,9 @@ use std::{
 use anyhow::{Result, ensure};
 
 use crate::{
-    disk::rates,
+    disk::moved,
     guest::Guest,
-    report::{Figure, Unit},
+    report::{self, Figure},
     vmm::{Machine, Vmm},
 };
 
@@ -46,12 +46,11 @@ pub fn measure(vmm: &Vmm, guest: &Guest, work: &Path, memory_mib: u64, scale: f6
     fs::write(&ramdisk, guest.ramdisk(&script(port, scale)))?;
     let machine = Machine { kernel: &guest.kernel, ramdisk: &ramdisk, memory_mib, disk: None, user_network: true };
     let finished = vmm.run(&machine)?;
-    let rates = rates(&finished.lines.iter().map(|l| (l.at, l.text.as_str())).collect::<Vec<_>>())?;
-    ensure!(rates.len() == 3, "the guest ran {} tests of 3", rates.len());
-    let figure = |(name, value)| Figure { name, unit: Unit::MegaBytesPerSecond, value };
-    let mut figures: Vec<_> = rates.into_iter().skip(1).map(figure).collect();
-    let value = finished.outside_guest_bytes as f64 / f64::from(1 << 20);
-    figures.push(Figure { name: "peak memory outside guest RAM, network".into(), unit: Unit::MebiBytes, value });
+    let moved = moved(&finished.lines)?;
+    ensure!(moved.len() == 3, "the guest ran {} tests of 3", moved.len());
+    // The first one was the warm-up.
+    let mut figures: Vec<_> = moved.into_iter().skip(1).collect();
+    figures.push(report::memory("network", finished.outside_guest_bytes));
     Ok(figures)
 }
 
