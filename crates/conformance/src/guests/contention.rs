@@ -74,16 +74,16 @@ smp_guest! {
         mov dword ptr [0x60000], 0x61003
         START 1, 0, 22f
         xor ebp, ebp
-        mov ecx, 30000
+        mov ecx, 8000
     21: mov eax, 0x90003
         mov [0x61000], rax
         mov edx, ecx
-        and edx, 31
+        and edx, 7
     25: dec edx
         jns 25b
         xor eax, eax
         xchg [0x61000], rax
-        mov edx, 16
+        mov edx, 8
     26: dec edx
         jnz 26b
         cmp qword ptr [0x61000], 0

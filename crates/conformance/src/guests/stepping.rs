@@ -27,7 +27,8 @@ guest! {
         and dword ptr [rsp + 24], 0xfffffeff
     29: add rsp, 8
         iretq
-    "#
+    "#,
+    emulator_errs: Some("steps a repeated string instruction as one"),
 }
 
 guest! {
@@ -44,7 +45,8 @@ guest! {
         nop
     23: REPORT 0x51
         DONE
-    "#
+    "#,
+    emulator_errs: Some("traps behind a load of SS"),
 }
 
 guest! {
