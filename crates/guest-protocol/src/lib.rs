@@ -83,7 +83,8 @@ impl Exit {
     pub fn status(self) -> i32 {
         match self {
             Self::Code(code) => code,
-            Self::Signal(signal) => 128 + signal,
+            // The guest may say any number.
+            Self::Signal(signal) => signal.saturating_add(128),
         }
     }
 }
@@ -283,6 +284,13 @@ mod tests {
         for length in 1..wire.len() {
             assert!(ToAgent::read(&mut &wire[..length]).is_err(), "{length}");
         }
+    }
+
+    #[test]
+    fn any_signal_has_a_status() {
+        assert_eq!(Exit::Signal(9).status(), 137);
+        assert_eq!(Exit::Signal(i32::MAX).status(), i32::MAX);
+        assert_eq!(Exit::Signal(i32::MIN).status(), i32::MIN + 128);
     }
 
     #[test]
