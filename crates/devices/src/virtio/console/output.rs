@@ -12,6 +12,8 @@ use crate::virtio::{
 
 /// Bytes taken from the driver before the other end has taken them.
 pub const PIECE_BYTES: usize = 16 << 10;
+/// Bytes that are written, if the other end takes them, before the order to stop is looked for.
+const UNINTERRUPTED: u64 = 64 << 10;
 /// How soon a full output is tried again.
 const RETRY: Duration = Duration::from_millis(2);
 
@@ -95,11 +97,14 @@ impl Transmit {
     fn run(&mut self) -> Result<(), QueueError> {
         loop {
             self.served.queue.disable_notification()?;
+            let mut since_look = 0;
             for _ in 0..self.served.queue.size() {
-                if !self.drain_output()? {
+                if !self.drain_output()? || (since_look >= UNINTERRUPTED && self.signals.stopped()) {
                     return Ok(());
                 }
+                since_look %= UNINTERRUPTED;
                 let Some(chain) = self.served.queue.pop()? else { break };
+                since_look += chain.readable_bytes();
                 let stop = !self.write(&chain)?;
                 self.served.queue.push(chain, 0)?;
                 if stop {
@@ -120,7 +125,8 @@ impl Transmit {
     fn write(&mut self, chain: &DescriptorChain) -> Result<bool, QueueError> {
         let mut reader = chain.reader();
         while reader.remaining() > 0 {
-            if !self.drain_output()? {
+            let long = reader.position() > 0 && reader.position().is_multiple_of(UNINTERRUPTED);
+            if !self.drain_output()? || (long && self.signals.stopped()) {
                 return Ok(false);
             }
             let mut output = self.output.lock();
