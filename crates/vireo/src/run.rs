@@ -95,7 +95,7 @@ pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failur
     let deadline = Instant::now() + Duration::from_secs(args.boot_timeout);
     let ready = loop {
         match listener.accept(Duration::from_millis(50)) {
-            Ok(stream) => break session::read_ready(stream)?,
+            Ok(stream) => break session::read_ready(stream, deadline)?,
             Err(_) if machine.is_over() => return Err(machine.ended_early(&console, signals.stopped())),
             Err(_) if Instant::now() > deadline => {
                 control.stop();
@@ -140,7 +140,7 @@ pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failur
             return Err(failure);
         }
     };
-    session::power_off(&vsock);
+    let _asked = session::power_off(&vsock);
     machine.wait_or_stop(&control, POWER_OFF)?;
     Ok(status)
 }

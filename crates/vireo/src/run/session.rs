@@ -2,9 +2,10 @@
 
 use std::{
     io::{self, IsTerminal, Read, Write},
+    net::Shutdown,
     os::unix::net::UnixStream,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
@@ -53,7 +54,11 @@ pub fn request(
     Ok(Exec { command: command.to_vec(), environment: variables, directory, terminal: None, user, network_wait_ms: None })
 }
 
-pub fn read_ready(mut stream: UnixStream) -> Result<Ready, Failure> {
+/// What the agent says of itself; a guest that connects and says nothing has until `deadline`.
+pub fn read_ready(mut stream: UnixStream, deadline: Instant) -> Result<Ready, Failure> {
+    // Zero would be no limit.
+    let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    stream.set_read_timeout(Some(left)).map_err(lost)?;
     match FromAgent::read(&mut stream) {
         Ok(Some(FromAgent::Ready(ready))) => Ok(ready),
         Ok(_) => Err(Failure::new(
@@ -104,17 +109,13 @@ impl Signals {
         let (session, count, stopped) = (signals.session.clone(), signals.count.clone(), signals.stopped.clone());
         let control = control.clone();
         on_signals(move |signal| {
-            let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
             let frame = match signal {
                 Signal::Resized => window_size().map(ToAgent::Resize),
                 Signal::Stop(name) => Some(ToAgent::Signal(number_of(name))),
             };
             let is_stop = matches!(signal, Signal::Stop(_));
             let often = is_stop && count.fetch_add(1, Ordering::Relaxed) >= 2;
-            let sent = match (session.as_mut(), frame) {
-                (Some(stream), Some(frame)) => frame.write(stream).is_ok(),
-                _ => false,
-            };
+            let sent = frame.is_some_and(|frame| pass_on(&session, &frame));
             if is_stop && (!sent || often) {
                 stopped.store(true, Ordering::Relaxed);
                 control.stop();
@@ -127,6 +128,34 @@ impl Signals {
     pub fn stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
     }
+}
+
+/// How long a signal waits for input that is on its way.
+const INPUT: Duration = Duration::from_millis(500);
+
+/// Sends a small frame, unless it would have to wait: a guest that does not read its input must not make us deaf.
+fn pass_on(session: &Sender, frame: &ToAgent) -> bool {
+    let deadline = Instant::now() + INPUT;
+    loop {
+        let mut session = match session.try_lock() {
+            Ok(session) => session,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+                continue;
+            }
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        return session.as_mut().is_some_and(|stream| has_room(stream) && frame.write(stream).is_ok());
+    }
+}
+
+/// A stream socket is writable while much of its buffer is free: far more than a small frame.
+fn has_room(stream: &UnixStream) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut wanted = [PollFd::new(stream, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut wanted, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 fn number_of(name: &str) -> u8 {
@@ -155,7 +184,9 @@ pub fn run(
     ToAgent::Exec(exec).write(&mut writer).map_err(lost)?;
     *signals.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
     forward_input(signals.session.clone());
-    let result = copy_output(stream);
+    let result = copy_output(&stream);
+    // Input that nobody in the guest reads may hold the session: it ends here.
+    let _ = stream.shutdown(Shutdown::Both);
     *signals.session.lock().unwrap_or_else(PoisonError::into_inner) = None;
     drop(terminal.raw);
     result
@@ -194,7 +225,7 @@ fn forward_input(session: Sender) {
     });
 }
 
-fn copy_output(mut from: UnixStream) -> Result<u8, Failure> {
+fn copy_output(mut from: &UnixStream) -> Result<u8, Failure> {
     let written = |result: io::Result<()>| {
         result.map_err(|e| Failure::new(ExitCode::Failed, anyhow!(e).context("cannot write the command's output")))
     };
@@ -217,12 +248,13 @@ fn copy_output(mut from: UnixStream) -> Result<u8, Failure> {
     }
 }
 
-/// Asks the guest to power off; the machine's end tells whether it did.
-pub fn power_off(vsock: &VsockHost) {
-    if let Ok(mut stream) = vsock.connect(SESSION_PORT, Duration::from_secs(2)) {
-        let _ = ToAgent::PowerOff.write(&mut stream);
-        // Kept open for the agent to read it.
-        let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-        let _ = FromAgent::read(&mut stream);
-    }
+/// Asks the guest to power off; the machine's end tells whether it did. The stream is to be kept until then, for the
+/// agent to read it.
+pub fn power_off(vsock: &VsockHost) -> Option<UnixStream> {
+    let mut stream = vsock.connect(SESSION_PORT, Duration::from_secs(2)).ok()?;
+    ToAgent::PowerOff.write(&mut stream).ok()?;
+    Some(stream)
 }
+
+#[cfg(test)]
+mod tests;
