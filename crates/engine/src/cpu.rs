@@ -15,7 +15,7 @@ use crate::{
     native::{Fpu, Special, Stub, StubCache},
     regs::{Regs, pack, unpack},
     signal::VcpuSignal,
-    tlb::{DataSet, Tlb},
+    tlb::{CodeSet, DataSet, Tlb},
     uop::{Handler, Uop},
 };
 
@@ -153,6 +153,8 @@ pub struct Cpu {
     /// The TLB set of the current privilege, and the one for implicit supervisor accesses.
     pub data: *mut DataSet,
     pub system_data: *mut DataSet,
+    /// Where blocks of the current privilege start.
+    pub code: *const CodeSet,
     pub block: *const Block,
     /// The block that follows if its link is known, else null.
     pub next: *const Block,
@@ -333,7 +335,8 @@ impl Cpu {
         } else {
             &raw mut space.supervisor
         };
-        let watched = (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
+        self.code = if self.cpl == 3 { &raw const space.user_code } else { &raw const space.supervisor_code };
+        let watched = self.debug[5] & 0xff != 0 && (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
         let aligned = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
         self.inspect = watched || aligned;
         if self.inspect {

@@ -72,6 +72,7 @@ impl Engine for SoftEngine {
             rip: 0,
             data: ptr::null_mut(),
             system_data: ptr::null_mut(),
+            code: ptr::null(),
             block: ptr::null(),
             next: ptr::null(),
             link: ptr::null_mut(),

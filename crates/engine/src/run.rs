@@ -54,6 +54,9 @@ impl Cpu {
             let mut block = self.next;
             // SAFETY: links lead to blocks of our own cache, which live until it is cleared (and all links with it).
             if block.is_null() || unsafe { !(*block).valid } {
+                block = self.remembered();
+            }
+            if block.is_null() {
                 block = match self.find_block() {
                     Ok(block) => block,
                     Err(_) => {
@@ -137,6 +140,25 @@ impl Cpu {
     fn is_called(&self) -> bool {
         let pending = self.signal.pending();
         pending != 0 && (!self.shadow || pending & request::KICK != 0)
+    }
+
+    /// The block at `rip`, if it started here lately and there is no link to fill: most jumps to other pages.
+    #[inline(always)]
+    fn remembered(&mut self) -> *const Block {
+        let fillable = !self.link.is_null() && (self.rip ^ self.regs.gpr[slot::BLOCK]) & !PAGE_MASK == 0;
+        if fillable || !self.code64() {
+            return ptr::null();
+        }
+        // SAFETY: `code` points at a set of our own TLB; remembered blocks live until the cache is cleared, which
+        // forgets them.
+        unsafe {
+            let block = (*self.code).jump(self.rip);
+            if block.is_null() || (*block).mode != self.mode || !(*block).valid {
+                return ptr::null();
+            }
+            self.link = ptr::null_mut();
+            block
+        }
     }
 
     /// The block at `rip`, decoded if need be, and linked to from where we come.
