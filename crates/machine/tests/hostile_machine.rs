@@ -7,7 +7,7 @@
 mod support;
 
 use std::{
-    fs,
+    fs, io,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -18,11 +18,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{Captured, elf_kernel, write};
+use support::{elf_kernel, write};
 use vireo_api::ByteSize;
 use vireo_machine::{
     Control, Outcome,
-    config::{Accel, BootConfig, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, VsockConfig},
+    config::{Accel, BootConfig, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Stream, VsockConfig},
     run,
 };
 
@@ -306,13 +306,13 @@ fn machine(folder: &Path, image: &[u8], vcpus: u32) -> MachineConfig {
     let disk = folder.join("disk");
     fs::File::create(&disk).unwrap().set_len(4 << 20).unwrap();
     let boot = BootConfig { kernel, initrd: None, cmdline: String::new(), decompressor: None };
-    let stream = |captured: Captured| captured.stream();
+    let sink = || Stream::new(None, io::sink());
     MachineConfig {
         vcpus,
         accel: Accel::Soft,
         memory: ByteSize(RAM),
-        serial: Some(stream(Captured::default())),
-        console: Some(ConsoleConfig { stream: stream(Captured::default()), size: Some((80, 25)) }),
+        serial: Some(sink()),
+        console: Some(ConsoleConfig { stream: sink(), size: Some((80, 25)) }),
         vsock: Some(VsockConfig { guest_cid: 3 }),
         nics: vec![NicConfig::parse("user").unwrap().unwrap()],
         disks: vec![DiskConfig::new(&disk)],
@@ -377,11 +377,12 @@ fn guests_that_abuse_devices_are_stopped_and_leave_nothing_behind() {
         let settled = Instant::now() + Duration::from_secs(5);
         let mut now = resources();
         let first = *before.get_or_insert(now);
-        while (now.0, now.1) != (first.0, first.1) && Instant::now() < settled {
+        while (now.0 > first.0 || now.1 > first.1) && Instant::now() < settled {
             thread::sleep(Duration::from_millis(5));
             now = resources();
         }
-        assert_eq!((now.0, now.1), (first.0, first.1), "threads and descriptors after case {case} of seed {seed}");
+        assert!(now.0 <= first.0, "{} threads after case {case} of seed {seed}", now.0);
+        assert!(now.1 <= first.1, "{} descriptors after case {case} of seed {seed}", now.1);
         assert!(now.2 < first.2 + MOST_GROWTH_KB, "{} KiB after case {case} of seed {seed}", now.2);
     }
     println!("{cases} guests, the slowest took {slowest:?} to stop, memory {before:?} then {:?}: {ends:#?}", resources());
