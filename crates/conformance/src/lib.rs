@@ -96,7 +96,7 @@ table! { $
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
         swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd, string_instructions,
-        descriptor_tables,
+        descriptor_tables, absolute_addresses,
     }
     protected {
         exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, pae_paging, rings_and_sysenter,

@@ -652,3 +652,32 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// MOV between the accumulator and a 64-bit address (A0 to A3), beyond what 32 bits hold.
+    cpu absolute_addresses, Long, Reports(&[0x8877_6655, 0x4433_2255, 0x4433_2299, 0x1234_5678, 0x9abc_def0, 0x77]),
+    r#"
+        mov qword ptr [0x4010], 0x60003 // 0x80000000: the first 2 MiB
+        mov qword ptr [0x60000], 0x83
+        mov rax, 0x8877665544332211
+        mov [0x90000], rax
+        xor eax, eax
+        movabs rax, [0x80090000]
+        mov rdx, rax
+        shr rdx, 32
+        REPORT edx
+        movabs al, [0x80090004]
+        REPORT eax
+        mov al, 0x99
+        movabs [0x80090000], al
+        xor eax, eax
+        movabs eax, [0x80090000]
+        REPORT eax
+        mov rax, 0x123456789abcdef0
+        movabs [0x80090008], rax
+        REPORT dword ptr [0x9000c]
+        REPORT dword ptr [0x90008]
+        REPORT 0x77
+        DONE
+    "#
+}

@@ -64,8 +64,12 @@ pub fn memory(op: &mut Uop, insn: &Instruction, mode_bits: u8) -> bool {
     // The decoder's IP is relative to the block, and so is the address it makes of a RIP-relative operand.
     let displacement = insn.memory_displacement64() as i64;
     op.disp = if long && bytes != 4 {
-        let Ok(fits) = i32::try_from(displacement) else { return false };
-        fits
+        match i32::try_from(displacement) {
+            Ok(fits) => fits,
+            // A0–A3 have a whole address, which their handlers take from the instruction.
+            Err(_) if insn.memory_base() == Register::None && insn.memory_index() == Register::None => 0,
+            Err(_) => return false,
+        }
     } else {
         displacement as i32
     };
