@@ -6,7 +6,7 @@ use std::sync::{
 use vireo_block::Disk;
 
 use super::{
-    request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES},
+    request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_SEGMENT_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES},
     saved::SavedBlock,
     worker::BlockQueue,
 };
@@ -18,13 +18,14 @@ use crate::virtio::{
 
 const DEVICE_TYPE: u16 = 2;
 /// Twice the pages of a MiB, so that what programs like to read and write at a time stays one request.
-const QUEUE_SIZE: u16 = 512;
+pub(super) const QUEUE_SIZE: u16 = 512;
 const MAX_QUEUES: u16 = 64;
 /// As long as a wake-up takes, about.
 const MAX_POLL: std::time::Duration = std::time::Duration::from_micros(40);
 
 /// Feature bits, virtio 1.2, 5.2.3.
 mod feature {
+    pub const SIZE_MAX: u64 = 1 << 1;
     pub const SEG_MAX: u64 = 1 << 2;
     pub const RO: u64 = 1 << 5;
     pub const BLK_SIZE: u64 = 1 << 6;
@@ -104,6 +105,7 @@ impl Block {
         let mut space = [0; CONFIG_BYTES];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &(self.disk.size_bytes() / SECTOR_BYTES).to_le_bytes());
+        put(8, &MAX_SEGMENT_BYTES.to_le_bytes());
         // seg_max: without indirect tables, header and status take a descriptor each.
         put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
         put(20, &(SECTOR_BYTES as u32).to_le_bytes());
@@ -137,7 +139,7 @@ impl VirtioDevice for Block {
         use feature::*;
         let multi_queue = if self.queue_sizes.len() > 1 { MQ } else { 0 };
         let access = if self.disk.read_only() { RO } else { DISCARD | WRITE_ZEROES };
-        SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | multi_queue | access
+        SIZE_MAX | SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | multi_queue | access
     }
 
     fn queue_sizes(&self) -> &[u16] {

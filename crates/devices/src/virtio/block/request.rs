@@ -10,6 +10,13 @@ pub const HEADER_BYTES: u64 = 16;
 const STATUS_BYTES: u64 = 1;
 const RANGE_BYTES: u64 = 16;
 
+/// The largest segment that the configuration space tells the driver of. With as many segments as a queue has room
+/// for it stays below [`MAX_TRANSFER_BYTES`].
+pub const MAX_SEGMENT_BYTES: u32 = 128 << 10;
+/// No driver that keeps to the limits transfers more at once. One that does not gets an error: a queue is stopped
+/// between requests, so that none may take long.
+pub const MAX_TRANSFER_BYTES: u64 = 64 << 20;
+
 /// Limits for discard and write-zeroes that the configuration space tells the driver. One request of the
 /// largest size takes a host that has to write the zeroes a moment, not minutes.
 pub const MAX_RANGES: u32 = 16;
@@ -87,7 +94,7 @@ impl Limits {
     fn range(&self, sector: u64, len: u64) -> Result<Range<u64>, Status> {
         let start = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
         let end = start.checked_add(len).ok_or(Status::IoError)?;
-        if !len.is_multiple_of(SECTOR_BYTES) || end > self.size_bytes {
+        if !len.is_multiple_of(SECTOR_BYTES) || len > MAX_TRANSFER_BYTES || end > self.size_bytes {
             return Err(Status::IoError);
         }
         Ok(start..end)
@@ -121,5 +128,19 @@ impl Limits {
             extents.push(Extent { offset: range.start, len: range.end - range.start, unmap: flags & UNMAP != 0 });
         }
         Ok(extents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transfer_has_a_limit_that_no_honest_driver_meets() {
+        let limits = Limits { size_bytes: 1 << 40, read_only: false };
+        assert_eq!(limits.range(8, MAX_TRANSFER_BYTES), Ok(4096..4096 + MAX_TRANSFER_BYTES));
+        assert_eq!(limits.range(8, MAX_TRANSFER_BYTES + SECTOR_BYTES), Err(Status::IoError));
+        let honest = u64::from(crate::virtio::block::device::QUEUE_SIZE - 2) * u64::from(MAX_SEGMENT_BYTES);
+        assert!(honest <= MAX_TRANSFER_BYTES);
     }
 }

@@ -295,6 +295,7 @@ fn the_configuration_space() {
     let mut space = [0xaa; 64];
     bench.device.read_config(0, &mut space);
     assert_eq!(space[..8], (DISK_BYTES as u64 / 512).to_le_bytes());
+    assert_eq!(space[8..12], (128u32 << 10).to_le_bytes());
     assert_eq!(space[12..16], 510u32.to_le_bytes());
     assert_eq!(space[20..24], 512u32.to_le_bytes());
     assert_eq!((space[32], space[34]), (1, 2));
