@@ -20,6 +20,23 @@ use super::{
 const COPY_BYTES: usize = 64 << 10;
 /// How much of a stream with unknown content is decoded to see whether it is whole.
 const VERIFY_MAX_BYTES: u64 = 1 << 30;
+/// What Linux recognizes that we do not decode: other compressions (`lib/decompress.c`), and file systems of ramdisks
+/// (`init/do_mounts_rd.c`, `identify_ramdisk_image`). Offset and magic.
+const LINUX_MAGICS: [(usize, &[u8]); 13] = [
+    (0, b"BZh"),
+    (0, b"\x89LZ"),
+    (0, b"\x1f\x9e"),
+    (0, b"hsqs"),
+    (0, b"-rom1fs-"),
+    (0, b"\x45\x3d\xcd\x28"), // cramfs
+    (512, b"-rom1fs-"),
+    (512, b"\x45\x3d\xcd\x28"),
+    (1024 + 56, b"\x53\xef"), // ext2
+    (1024 + 16, b"\x7f\x13"), // minix, four kinds
+    (1024 + 16, b"\x8f\x13"),
+    (1024 + 16, b"\x68\x24"),
+    (1024 + 16, b"\x78\x24"),
+];
 const CPIO_HEADER_BYTES: usize = 110;
 const CPIO_NAME_MAX: u64 = 4096;
 const CPIO_TRAILER: &[u8] = b"TRAILER!!!\0";
@@ -59,6 +76,17 @@ pub(super) struct LoadedInitrd {
     pub start: u64,
     pub bytes: u64,
     pub decompressed: bool,
+}
+
+/// Whether Linux could make anything of an initrd that begins so; if not, it would panic for want of an init.
+pub(super) fn suits_linux(head: &[u8]) -> bool {
+    let has = |(offset, magic): &(usize, &[u8])| head.get(*offset..).is_some_and(|rest| rest.starts_with(magic));
+    // Archives may have zeroes before them.
+    head.starts_with(b"\0")
+        || head.starts_with(b"070701")
+        || head.starts_with(b"070702")
+        || Compression::detect(head).is_some()
+        || LINUX_MAGICS.iter().any(has)
 }
 
 pub(super) fn load(memory: &GuestMemory, file: &mut File, room: Room) -> Result<LoadedInitrd, InitrdFault> {

@@ -95,7 +95,7 @@ pub fn load(memory: &GuestMemory, source: &BootSource, rsdp: u64) -> Result<Load
         end: memory.low_bytes().min(initrd_end_max),
     };
     let initrd = match &source.initrd {
-        Some(path) => Some(load_initrd(memory, path, room)?),
+        Some(path) => Some(load_initrd(memory, path, room, kernel.header.is_some())?),
         None => None,
     };
     match kernel.entry {
@@ -176,9 +176,16 @@ fn write_cmdline(memory: &GuestMemory, cmdline: &str, most: usize) -> Result<(),
     Ok(())
 }
 
-fn load_initrd(memory: &GuestMemory, path: &Path, room: Room) -> Result<(u64, u64), BootError> {
+fn load_initrd(memory: &GuestMemory, path: &Path, room: Room, is_linux: bool) -> Result<(u64, u64), BootError> {
     let mut file = open(BootFile::Initrd, path)?;
     let failed = |source| BootError::Read { what: BootFile::Initrd, path: path.to_owned(), source };
+    let mut head = Vec::with_capacity(identify::PROBE_BYTES);
+    file.by_ref().take(identify::PROBE_BYTES as u64).read_to_end(&mut head).map_err(failed)?;
+    file.rewind().map_err(failed)?;
+    if is_linux && !head.is_empty() && !initrd::suits_linux(&head) {
+        let why = format!("it seems to be {}, which Linux does not take", identify::describe(&head));
+        return Err(Fault::Corrupt(why).of(BootFile::Initrd, path, memory));
+    }
     let size = ByteSize(file.metadata().map_err(failed)?.len());
     match initrd::load(memory, &mut file, room) {
         Ok(loaded) => Ok((loaded.start, loaded.bytes)),

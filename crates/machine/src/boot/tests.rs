@@ -38,7 +38,7 @@ fn bzimage() -> NamedTempFile {
 #[test]
 fn a_bzimage_finds_its_boot_params() {
     let kernel = bzimage();
-    let initrd = file(b"a ramdisk of some kind");
+    let initrd = file(b"hsqs a kind of ramdisk");
     let source = BootSource { initrd: Some(initrd.path().to_owned()), ..source(&kernel, "console=ttyS0") };
     let memory = memory(16 << 20);
     let loaded = load(&memory, &source, RSDP).unwrap();
@@ -124,7 +124,10 @@ fn errors_name_the_file_and_what_to_do() {
     assert!(matches!(missing, BootError::Read { what: BootFile::Initrd, .. }));
     let directory = BootSource { kernel: "/".into(), ..source(&kernel, "") };
     assert!(matches!(load(&memory(16 << 20), &directory, RSDP), Err(BootError::Read { .. })));
-    let large = file(&vec![0xa5; 15 << 20]);
+    let garbage = file(&[0xa5; 5000]);
+    let garbage = error(&BootSource { initrd: Some(garbage.path().to_owned()), ..source(&kernel, "") }, 16 << 20);
+    assert!(garbage.contains("which Linux does not take"), "{garbage}");
+    let large = file(&[b"BZh".to_vec(), vec![0xa5; 15 << 20]].concat());
     let large = BootSource { initrd: Some(large.path().to_owned()), ..source(&kernel, "") };
     let large = error(&large, 16 << 20);
     assert!(large.contains("does not fit"), "{large}");

@@ -81,6 +81,19 @@ fn what_is_not_understood_goes_in_as_it_is() {
 }
 
 #[test]
+fn linux_takes_what_it_knows() {
+    let mut ext2 = vec![1; 4096];
+    ext2[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    let known: [&[u8]; 6] = [&archive("init", 10), &gzip(&[1; 50]), b"BZh91AY&SY", &[0; 512], b"hsqs", &ext2];
+    for head in known {
+        assert!(suits_linux(head), "{:?}", &head[..4]);
+    }
+    for head in [&b"#!/bin/sh\n"[..], &[0xa5; 4096], b"\x7fELF", b"070707 old"] {
+        assert!(!suits_linux(head), "{head:?}");
+    }
+}
+
+#[test]
 fn what_would_grow_too_large_goes_in_compressed() {
     let file = gzip(&archive("zeroes", 6 << 20));
     let (loaded, bytes) = run(&file, ROOM).unwrap();
