@@ -23,7 +23,8 @@ fn is_up() -> bool {
 fn has_default_route(table: &str) -> bool {
     table.lines().skip(1).any(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let up = fields.get(3).and_then(|flags| u32::from_str_radix(flags, 16).ok()).is_some_and(|flags| flags & 1 != 0);
+        let up =
+            fields.get(3).and_then(|flags| u32::from_str_radix(flags, 16).ok()).is_some_and(|flags| flags & 1 != 0);
         up && fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000")
     })
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::Write,
+    io::{self, Write},
     os::{fd::OwnedFd, unix::process::ExitStatusExt},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{
@@ -30,7 +30,7 @@ pub fn serve(stream: File) {
     let failed = match ToAgent::read(&mut from) {
         Ok(Some(ToAgent::Exec(exec))) => match start(&exec) {
             Ok(running) => return running.run(from, &out),
-            Err(why) => why,
+            Err(refusal) => return refusal.tell(&out, exec.terminal.is_some()),
         },
         Ok(Some(ToAgent::PowerOff)) => format!("cannot power off: {}", terminal::power_off()),
         Ok(Some(_)) => "a session begins with a request".to_owned(),
@@ -38,6 +38,29 @@ pub fn serve(stream: File) {
         Err(error) => error.to_string(),
     };
     pump::send(&out, &FromAgent::Failed(failed));
+}
+
+/// Why a command was not started, with the exit code that shells have for it.
+struct Refusal {
+    code: i32,
+    why: String,
+}
+
+const CANNOT_RUN: i32 = 126;
+const NOT_FOUND: i32 = 127;
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Self {
+        Self { code: CANNOT_RUN, why }
+    }
+}
+
+impl Refusal {
+    fn tell(self, out: &Out, raw_terminal: bool) {
+        let line = format!("vireo: {}{}", self.why, if raw_terminal { "\r\n" } else { "\n" });
+        pump::send(out, &FromAgent::Stderr(line.into_bytes()));
+        pump::send(out, &FromAgent::Exit(Exit::Code(self.code)));
+    }
 }
 
 /// Where the host's input goes.
@@ -70,7 +93,7 @@ fn command_line(exec: &Exec, user: &User) -> Command {
     command
 }
 
-fn start(exec: &Exec) -> Result<Running, String> {
+fn start(exec: &Exec) -> Result<Running, Refusal> {
     let user = User::find(exec.user.as_deref())?;
     if let Some(limit) = exec.network_wait_ms {
         network::wait(Duration::from_millis(limit.into()));
@@ -80,14 +103,15 @@ fn start(exec: &Exec) -> Result<Running, String> {
     if std::path::Path::new(directory).is_dir() {
         command.current_dir(directory);
     } else if exec.directory.is_some() {
-        return Err(format!("there is no directory '{directory}' in the guest"));
+        return Err(format!("there is no directory '{directory}' in the guest").into());
     } else {
         command.current_dir("/");
     }
     let with_terminal = exec.terminal.is_some();
     let mut ours = None;
     if let Some(size) = exec.terminal {
-        let opened = terminal::open(size).and_then(|(ours, theirs)| Ok((ours, theirs.try_clone()?, theirs.try_clone()?, theirs)));
+        let opened = terminal::open(size)
+            .and_then(|(ours, theirs)| Ok((ours, theirs.try_clone()?, theirs.try_clone()?, theirs)));
         let (end, stdin, stdout, stderr) = opened.map_err(|error| format!("cannot open a terminal: {error}"))?;
         command.stdin(OwnedFd::from(stdin)).stdout(OwnedFd::from(stdout)).stderr(OwnedFd::from(stderr));
         ours = Some(end);
@@ -101,7 +125,8 @@ fn start(exec: &Exec) -> Result<Running, String> {
     });
     let mut child = command.spawn().map_err(|error| {
         let program = exec.command.first().unwrap_or(&user.shell);
-        format!("cannot run '{program}': {error}")
+        let code = if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN };
+        Refusal { code, why: format!("cannot run '{program}': {error}") }
     })?;
     let input = match ours {
         Some(end) => Input::Terminal(end),

@@ -4,7 +4,10 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsRawFd, FromRawFd},
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::fs::OpenOptionsExt,
+    },
 };
 
 use vireo_guest_protocol::WindowSize;
@@ -28,7 +31,9 @@ pub fn open(size: WindowSize) -> io::Result<(File, File)> {
     if unsafe { libc::ioctl(ours.as_raw_fd(), libc::TIOCGPTN, &raw mut number) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let theirs = OpenOptions::new().read(true).write(true).open(format!("/dev/pts/{number}"))?;
+    // Not ours: we lead a session, and would be hung up on when the terminal goes.
+    let mut options = OpenOptions::new();
+    let theirs = options.read(true).write(true).custom_flags(libc::O_NOCTTY).open(format!("/dev/pts/{number}"))?;
     resize(&ours, size)?;
     Ok((ours, theirs))
 }
