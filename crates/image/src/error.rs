@@ -80,7 +80,11 @@ impl From<FetchError> for BuildError {
 impl From<MirrorError> for BuildError {
     fn from(error: MirrorError) -> Self {
         match error {
-            MirrorError::Fetch(FetchError::Cancelled) => Self::Cancelled,
+            // What is the build's or the host's own is not said of the archive.
+            MirrorError::Fetch(error) => match Self::from(error) {
+                Self::Fetch(error) => Self::Mirror(MirrorError::Fetch(error)),
+                other => other,
+            },
             other => Self::Mirror(other),
         }
     }

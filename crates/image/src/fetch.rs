@@ -255,7 +255,7 @@ impl Cache {
         let mut counted = 0;
         retry(meter.progress, || {
             meter.take_back(std::mem::take(&mut counted));
-            let result = fill(&agent, file, &mut lock.file, meter, &mut counted);
+            let result = fill(&agent, file, (&part, &mut lock.file), meter, &mut counted);
             if matches!(result, Err(FetchError::Mismatch { .. } | FetchError::Status { status: 416, .. })) {
                 lock.file.set_len(0).map_err(cache_error)?;
             }
@@ -269,22 +269,23 @@ impl Cache {
 fn fill(
     agent: &ureq::Agent,
     file: &Wanted,
-    part: &mut File,
+    (path, part): (&Path, &mut File),
     meter: &Meter<'_>,
     counted: &mut u64,
 ) -> Result<(), FetchError> {
     let read_error = |source| FetchError::Read { url: file.url.clone(), source };
-    let mut have = part.seek(SeekFrom::End(0)).map_err(read_error)?;
+    let cache_error = |source| FetchError::Cache { path: path.to_owned(), source };
+    let mut have = part.seek(SeekFrom::End(0)).map_err(cache_error)?;
     if have > file.size_bytes {
-        part.set_len(0).map_err(read_error)?;
-        have = part.seek(SeekFrom::Start(0)).map_err(read_error)?;
+        part.set_len(0).map_err(cache_error)?;
+        have = part.seek(SeekFrom::Start(0)).map_err(cache_error)?;
     }
     if have < file.size_bytes {
         let (status, mut body) = get(agent, &file.url, have)?;
         match status {
             200 => {
-                part.set_len(0).map_err(read_error)?;
-                have = part.seek(SeekFrom::Start(0)).map_err(read_error)?;
+                part.set_len(0).map_err(cache_error)?;
+                have = part.seek(SeekFrom::Start(0)).map_err(cache_error)?;
             }
             206 => {}
             status => return Err(FetchError::Status { url: file.url.clone(), status }),
@@ -304,7 +305,7 @@ fn fill(
             if have > file.size_bytes {
                 break;
             }
-            part.write_all(&buffer[..bytes]).map_err(read_error)?;
+            part.write_all(&buffer[..bytes]).map_err(cache_error)?;
             *counted += bytes as u64;
             meter.add(bytes as u64);
         }
@@ -313,8 +314,8 @@ fn fill(
         *counted = have;
         meter.add(have);
     }
-    part.seek(SeekFrom::Start(0)).map_err(read_error)?;
-    let (got, bytes) = Sha256Sum::of_reader(&mut *part).map_err(read_error)?;
+    part.seek(SeekFrom::Start(0)).map_err(cache_error)?;
+    let (got, bytes) = Sha256Sum::of_reader(&mut *part).map_err(cache_error)?;
     if got != file.sha256 || bytes != file.size_bytes {
         let (expected, expected_bytes) = (file.sha256, file.size_bytes);
         return Err(FetchError::Mismatch { url: file.url.clone(), expected, expected_bytes, got, bytes });

@@ -79,6 +79,8 @@ Name=en* eth*
 [Network]
 DHCP=yes
 IPv6AcceptRA=yes
+# What the initrd has set up stays, and is what DHCP says: connections that are open by then go on.
+KeepConfiguration=static
 
 [DHCPv4]
 # By the address of the card: clones of an image, whose machine ids may be equal, get different leases.

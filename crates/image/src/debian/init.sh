@@ -17,7 +17,7 @@ load() {
 	done
 }
 
-root=/dev/vda mode=rw flags= fstype=ext4 init=/sbin/init
+root=/dev/vda mode=rw flags= fstype=ext4 init=/sbin/init network=
 read -r line </proc/cmdline
 for word in $line; do
 	case $word in
@@ -25,6 +25,7 @@ for word in $line; do
 	rootflags=*) flags=,${word#rootflags=} ;;
 	rootfstype=*) fstype=${word#rootfstype=} ;;
 	init=*) init=${word#init=} ;;
+	ip=*) network=${word#ip=} ;;
 	ro | rw) mode=$word ;;
 	esac
 done
@@ -43,6 +44,24 @@ for device in /sys/bus/virtio/devices/*/device; do
 	esac
 done
 
+# A network that the host knows beforehand is there from the start; the guest's own configuration renews it later.
+# ip=ADDRESS::GATEWAY:NETMASK:HOSTNAME:DEVICE:AUTOCONF:DNS (Linux Documentation/admin-guide/nfs/nfsroot.rst)
+configure() {
+	IFS=: read -r address _ gateway netmask _ device _ dns _ <<END
+$1
+END
+	[ -n "$device" ] && [ -e "/sys/class/net/$device" ] || return
+	ip link set lo up
+	ip link set "$device" up
+	ip address add "$address/$netmask" dev "$device"
+	ip route add default via "$gateway"
+	# Where the image's /etc/resolv.conf leads to.
+	mkdir -p /run/systemd/resolve
+	echo "nameserver $dns" >/run/systemd/resolve/stub-resolv.conf
+}
+mount -t tmpfs -o mode=0755,nosuid,nodev run /run
+[ -z "$network" ] || configure "$network"
+
 case $root in
 LABEL=* | UUID=*) root=$(findfs "$root") || die "no file system has $root" ;;
 esac
@@ -55,9 +74,9 @@ done
 [ -b "$root" ] || die "there is no root device '$root'; attach the image's disk or correct root= on the kernel command line"
 mount -t "$fstype" -o "$mode$flags" "$root" /root || die "'$root' cannot be mounted as $fstype"
 [ -e "/root$init" ] || [ -L "/root$init" ] || die "the file system on '$root' has no '$init'"
-mount --move /dev /root/dev
-mount --move /proc /root/proc
-mount --move /sys /root/sys
+for folder in dev proc run sys; do
+	mount --move /$folder /root/$folder
+done
 # What this shell has set is not the guest's business.
 unset SHLVL PWD OLDPWD
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin

@@ -28,7 +28,8 @@ pub enum InitrdError {
 
 /// What the initrd loads, by the variable of `init.sh` that lists it. The second column is loaded where it is a module.
 const DRIVERS: [(&str, &[&str]); 6] = [
-    ("always", &["virtio_pci", "crc32c_generic", "ext4"]),
+    // pvpanic: the host hears of a panic from here on.
+    ("always", &["virtio_pci", "crc32c_generic", "ext4", "pvpanic_mmio"]),
     ("net", &["virtio_net"]),
     ("block", &["virtio_blk"]),
     ("console", &["virtio_console"]),
@@ -37,14 +38,15 @@ const DRIVERS: [(&str, &[&str]); 6] = [
 ];
 
 /// Drivers that may be absent altogether: newer kernels have folded this one into their library of checksums.
-const OPTIONAL: [&str; 1] = ["crc32c_generic"];
+const OPTIONAL: [&str; 2] = ["crc32c_generic", "pvpanic_mmio"];
 
 /// Folders of modules from which the drivers above and what they need can come.
-const FOLDERS: [&str; 12] = [
+const FOLDERS: [&str; 13] = [
     "kernel/arch/x86/crypto/",
     "kernel/crypto/",
     "kernel/drivers/block/",
     "kernel/drivers/char/",
+    "kernel/drivers/misc/pvpanic/",
     "kernel/drivers/net/net_failover",
     "kernel/drivers/net/virtio_net",
     "kernel/drivers/virtio/",
@@ -55,7 +57,7 @@ const FOLDERS: [&str; 12] = [
     "kernel/net/vmw_vsock/",
 ];
 
-const APPLETS: [&str; 8] = ["cat", "findfs", "insmod", "mount", "sh", "switch_root", "usleep", "ls"];
+const APPLETS: [&str; 10] = ["cat", "findfs", "insmod", "ip", "ls", "mkdir", "mount", "sh", "switch_root", "usleep"];
 
 /// What an image takes from a kernel package.
 pub struct KernelFiles {
@@ -151,7 +153,7 @@ impl KernelFiles {
         needed.dedup();
         let script = include_str!("init.sh").replacen("export PATH=/bin\n", &format!("export PATH=/bin\n{lists}"), 1);
         let mut cpio = CpioWriter::new(Vec::new());
-        for directory in ["bin", "dev", "modules", "proc", "root", "sys"] {
+        for directory in ["bin", "dev", "modules", "proc", "root", "run", "sys"] {
             cpio.directory(directory)?;
         }
         cpio.character_device("dev/console", 5, 1)?;
