@@ -55,6 +55,15 @@ impl Tap {
         Ok(Arc::new(tap))
     }
 
+    /// Whether there is an interface of this name, so that [`Tap::open`] would not make one.
+    pub fn exists(name: &str) -> Result<bool, NetError> {
+        let mut request = Request::new(name)?;
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None);
+        let socket = socket.map_err(|source| NetError::Tap { name: name.to_owned(), what: "looking for it", source })?;
+        // SAFETY: SIOCGIFINDEX fills a struct ifreq, which `request` is laid out as; any socket will do.
+        Ok(unsafe { ioctl_with_mut_ref(&socket, libc::SIOCGIFINDEX, &mut request) } >= 0)
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -28,7 +28,9 @@ fn errors_name_the_device_and_the_reason() {
     if !private::enter("tap::errors_name_the_device_and_the_reason") {
         return;
     }
+    assert!(!Tap::exists("vireo-t0").unwrap());
     let _open = Tap::open("vireo-t0").unwrap();
+    assert!(Tap::exists("vireo-t0").unwrap());
     let error = Tap::open("vireo-t0").unwrap_err();
     assert!(matches!(&error, NetError::TapBusy(name) if name == "vireo-t0"), "{error}");
     let error = Tap::open("lo").unwrap_err();

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use vireo_devices::virtio::net::Net;
-use vireo_packet::{Backend, MacAddress, Tap, UserNet};
+use vireo_packet::{Backend, MacAddress, NetError, Tap, UserNet};
 
 use super::Board;
 use crate::{
@@ -30,6 +30,8 @@ fn default_mac(index: usize) -> MacAddress {
 fn backend(nic: &NicConfig) -> Result<Arc<dyn Backend>, MachineError> {
     Ok(match &nic.backend {
         NicBackend::User(config) => UserNet::new((**config).clone())?,
+        // One that is made by opening it leads nowhere.
+        NicBackend::Tap(name) if !Tap::exists(name)? => return Err(NetError::NoTap(name.clone()).into()),
         NicBackend::Tap(name) => Tap::open(name)?,
     })
 }

@@ -145,6 +145,10 @@ struct Sink<'a> {
 
 impl Sink<'_> {
     fn put(&mut self, data: &[u8]) -> Result<(), Stop> {
+        // Without any room, `start` is no address in RAM.
+        if data.is_empty() {
+            return Ok(());
+        }
         if self.bytes + data.len() as u64 > self.limit {
             return Err(Stop::Full);
         }

@@ -100,6 +100,12 @@ fn what_would_grow_too_large_goes_in_compressed() {
     assert!(!loaded.decompressed);
     assert!(bytes == file);
     assert!(matches!(run(&file, 4096), Err(InitrdFault::TooLarge)));
+    // No room at all, at the end of memory.
+    let (memory, end) = (GuestMemory::new(16 << 20, 1 << 31).unwrap(), 16 << 20);
+    let mut on_disk = tempfile::tempfile().unwrap();
+    on_disk.write_all(&archive("init", 9)).unwrap();
+    on_disk.rewind().unwrap();
+    assert!(matches!(load(&memory, &mut on_disk, Room { start: end, end }), Err(InitrdFault::TooLarge)));
 }
 
 #[test]
