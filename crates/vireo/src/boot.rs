@@ -27,11 +27,11 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-A terminal on standard input is in raw mode while the guest runs: every key goes to the guest, but
-Control-A X ends the machine, Control-A A sends a Control-A and Control-A H shows help.
+A terminal on standard input is in raw mode while the guest runs: every key goes to the guest, but Control-A X ends \
+the machine, Control-A A sends a Control-A and Control-A H shows help.
 
-Exit codes: 0 the guest powered off, 1 failure, 2 wrong usage, 3 a file is not what it should be,
-120 guest crash, 121 guest reset with --no-reboot, 122 guest kernel panic, 123 host failure.")]
+Exit codes: 0 the guest powered off, 1 failure, 2 wrong usage, 3 a file is not what it should be, 120 guest crash, \
+121 guest reset with --no-reboot, 122 guest kernel panic, 123 host failure.")]
 pub struct Args {
     /// Linux bzImage (vmlinuz), or x86-64 ELF kernel
     #[arg(long, value_name = "FILE")]

@@ -15,6 +15,10 @@ impl Failure {
     pub fn new(code: ExitCode, error: impl Into<anyhow::Error>) -> Self {
         Self { code, error: error.into() }
     }
+
+    pub fn code(&self) -> ExitCode {
+        self.code
+    }
 }
 
 impl fmt::Display for Failure {

@@ -6,7 +6,7 @@ use std::{io::IsTerminal, path::PathBuf};
 
 use anyhow::anyhow;
 use vireo_api::{ByteSize, ExitCode};
-use vireo_image::{BuildError, BuildOptions, Image, ImageStore, Listed};
+use vireo_image::{BuildError, BuildOptions, Image, ImageStore, Listed, StoreError};
 
 pub use self::progress::Bar;
 use crate::{agent, exit::Failure, state::StateArgs};
@@ -74,9 +74,14 @@ pub fn run(command: Command, state: &StateArgs) -> Result<ExitCode, Failure> {
         }
         Command::Rm { names } => {
             for name in names {
-                let image = find(&store, &name)?;
-                store.remove(&image.name).map_err(|e| Failure::new(ExitCode::Failed, e))?;
-                println!("{}", image.name);
+                let name = match store.find(&name) {
+                    Ok(image) => image.name,
+                    // Removing is the remedy.
+                    Err(StoreError::Damaged { name, .. }) => name,
+                    Err(error) => return Err(Failure::new(ExitCode::Failed, error)),
+                };
+                store.remove(&name).map_err(|e| Failure::new(ExitCode::Failed, e))?;
+                println!("{name}");
             }
         }
     }
@@ -149,7 +154,7 @@ pub fn find_or_build(store: &ImageStore, reference: &str) -> Result<Image, Failu
         Err(missing) => missing,
     };
     match (missing, release_of(reference)) {
-        (vireo_image::StoreError::NotFound { .. }, Some(release)) => {
+        (StoreError::NotFound { .. }, Some(release)) => {
             eprintln!("vireo: there is no image '{reference}' yet: building it, once");
             build_with(store, &BuildOptions { suite: release.map(str::to_owned), ..with_agent() })
         }

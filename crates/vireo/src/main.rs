@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let Cli { state, command } = Cli::parse();
     let result = match command {
         Command::Boot(args) => boot::run(args, started).map(|code| code as u8),
-        Command::Run(args) => run::run(args, &state, started),
+        Command::Run(args) => run::run(args, &state),
         Command::Image(command) => image::run(command, &state).map(|code| code as u8),
         Command::Doctor => doctor::run(&state).map(|code| code as u8),
     };

@@ -4,6 +4,7 @@ mod console;
 mod session;
 
 use std::{
+    net::Ipv4Addr,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -15,7 +16,7 @@ use vireo_guest_protocol::{READY_PORT, VERSION};
 use vireo_image::Image;
 use vireo_machine::{
     Control, Handles, MachineError, Outcome, Report,
-    config::{Accel, BootConfig, DiskConfig, MachineConfig, NicConfig, VsockConfig},
+    config::{Accel, BootConfig, DiskConfig, MachineConfig, NicBackend, NicConfig, VsockConfig},
 };
 
 use self::{console::Console, session::Terminal};
@@ -27,14 +28,17 @@ const GUEST_CID: u32 = 3;
 const NETWORK_WAIT_MS: u32 = 15_000;
 /// How long a guest that was asked to power off may take before it is stopped.
 const POWER_OFF: Duration = Duration::from_secs(10);
+/// How long it may take from a guest's last instruction until its machine has ended.
+const TAKE_DOWN: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-Everything that the machine writes to its disk is gone when it ends.
+Everything that the machine writes to its own disk is gone when it ends. Without a command a shell runs in the guest.
 
-Without a command a shell runs in the guest. The exit code is the command's; besides, 2 is wrong usage,
-1 a failure before the command ran, 120 a guest crash, 122 a guest kernel panic, 123 a host failure and
-124 a guest agent that did not come up in time.")]
+The exit code is the command's: 128 + N where signal N killed it, 127 where there is no such command, 126 where it \
+cannot be run. Besides, 1 is a failure before the command ran, 2 wrong usage, 3 a file that is not what it should be, \
+120 a guest crash, 121 a guest reset, 122 a guest kernel panic, 123 a host failure and 124 a guest agent that did not \
+come up in time.")]
 pub struct Args {
     /// Image: debian, debian:bookworm, or the name of an image of your own
     image: String,
@@ -77,7 +81,7 @@ pub struct Args {
 }
 
 /// Returns the command's exit status.
-pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failure> {
+pub fn run(args: Args, state: &StateArgs) -> Result<u8, Failure> {
     let mut exec = session::request(&args.command, &args.environment, args.user.clone(), args.workdir.clone())?;
     let store = state.store()?;
     let image = image::find_or_build(&store, &args.image)?;
@@ -85,6 +89,7 @@ pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failur
     let config = machine_config(&args, &image, state, &console)?;
     let control = Control::default();
     exec.network_wait_ms = (!config.nics.is_empty()).then_some(NETWORK_WAIT_MS);
+    let started = Instant::now();
     let machine = Running::start(config, &control)?;
     let signals = session::Signals::install(&control)?;
 
@@ -133,7 +138,10 @@ pub fn run(args: Args, state: &StateArgs, started: Instant) -> Result<u8, Failur
     let result = session::run(&vsock, exec, terminal, &signals, || machine.is_over());
     let status = match result {
         Ok(status) => status,
-        Err(_) if machine.is_over() => return Err(machine.ended_early(&console, signals.stopped())),
+        // The guest's end breaks the connection a moment before the machine is taken down.
+        Err(failure) if failure.code() == ExitCode::HostFailure && machine.ends_within(TAKE_DOWN) => {
+            return Err(machine.ended_early(&console, signals.stopped()));
+        }
         Err(failure) => {
             control.stop();
             let _ = machine.wait();
@@ -165,10 +173,11 @@ fn machine_config(args: &Args, image: &Image, state: &StateArgs, console: &Conso
     let mut disks = vec![root];
     disks.extend(args.disks.iter().cloned());
     let nics: Result<Vec<_>, _> = args.net.iter().map(|text| NicConfig::parse(text)).collect();
+    let nics: Vec<_> = nics.map_err(|e| usage(e.into()))?.into_iter().flatten().collect();
     let boot = BootConfig {
         kernel: image.kernel.clone(),
         initrd: Some(image.initrd.clone()),
-        cmdline: image.cmdline.clone(),
+        cmdline: format!("{} panic=-1{}", image.cmdline, nics.first().map_or(String::new(), network_parameter)),
         decompressor: None,
     };
     Ok(MachineConfig {
@@ -176,12 +185,24 @@ fn machine_config(args: &Args, image: &Image, state: &StateArgs, console: &Conso
         memory: args.memory,
         accel: args.accel,
         disks,
-        nics: nics.map_err(|e| usage(e.into()))?.into_iter().flatten().collect(),
+        nics,
         serial: Some(console.stream()),
         vsock: Some(VsockConfig { guest_cid: GUEST_CID }),
         reboot: false,
         ..MachineConfig::new(boot)
     })
+}
+
+/// Tells the image's initrd what the user-mode network will say by DHCP, so that a command has its network from the
+/// start: systemd takes seconds until it asks. Other networks are the guest's to find out about.
+fn network_parameter(nic: &NicConfig) -> String {
+    let NicBackend::User(user) = &nic.backend else { return String::new() };
+    // See `UserNetConfig::network` for the last bytes.
+    let at = |host: u8| {
+        let [a, b, c, _] = user.network.octets();
+        Ipv4Addr::new(a, b, c, host)
+    };
+    format!(" ip={}::{}:255.255.255.0::eth0:off:{}", at(15), at(2), at(3))
 }
 
 /// A machine that runs on a thread of its own.
@@ -234,19 +255,24 @@ impl Running {
         }
     }
 
-    /// Waits for the guest to power off; stops it if that takes too long.
-    fn wait_or_stop(self, control: &Control, limit: Duration) -> Result<(), Failure> {
+    fn ends_within(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         while !self.is_over() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
         }
+        self.is_over()
+    }
+
+    /// Waits for the guest to power off; stops it if that takes too long.
+    fn wait_or_stop(self, control: &Control, limit: Duration) -> Result<(), Failure> {
+        self.ends_within(limit);
         control.stop();
         self.wait().map(|_| ())
     }
 
     /// What to say of a machine that ended while it was still wanted.
     fn ended_early(self, console: &Console, by_signal: bool) -> Failure {
-        let tail = console.tail();
+        let (tail, panicked) = (console.tail(), console.shows_panic());
         let report = match self.wait() {
             Ok(report) => report,
             Err(failure) => return failure,
@@ -255,6 +281,8 @@ impl Running {
             Outcome::Stopped if by_signal => return Failure::new(ExitCode::Failed, anyhow!("stopped by a signal")),
             Outcome::Stopped => return Failure::new(ExitCode::Failed, anyhow!("the machine was stopped")),
             Outcome::PowerOff => (ExitCode::Failed, "the guest powered off before the command was done".to_owned()),
+            // Kernels that cannot report a panic only restart after it.
+            Outcome::Reset if panicked => (ExitCode::GuestPanic, "the guest's kernel panicked".to_owned()),
             Outcome::Reset => (ExitCode::GuestReset, "the guest reset before the command was done".to_owned()),
             Outcome::Panic => (ExitCode::GuestPanic, "the guest's kernel panicked".to_owned()),
             Outcome::Crash(crash) => (

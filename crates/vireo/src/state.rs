@@ -10,7 +10,7 @@ use crate::exit::Failure;
 #[derive(clap::Args)]
 pub struct StateArgs {
     /// Folder for images and caches [default: /var/lib/vireo for root, else ~/.local/share/vireo]
-    #[arg(long = "state", value_name = "DIR", env = "VIREO_STATE", global = true)]
+    #[arg(long = "state", value_name = "DIR", env = "VIREO_STATE", global = true, display_order = 900)]
     state: Option<PathBuf>,
 }
 

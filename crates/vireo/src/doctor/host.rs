@@ -63,16 +63,18 @@ fn cpu() -> Finding {
         ("AES", std::arch::is_x86_feature_detected!("aes")),
         ("SHA", std::arch::is_x86_feature_detected!("sha")),
     ];
-    let list = |there: bool| {
-        features.iter().filter(|f| f.1 == there).map(|f| f.0).collect::<Vec<_>>().join(" ")
-    };
+    let list = |there: bool| features.iter().filter(|f| f.1 == there).map(|f| f.0).collect::<Vec<_>>().join(" ");
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     let found = format!("{count} x86-64 CPUs with {}", list(true));
     let lacking = list(false);
     if lacking.is_empty() {
         return Finding::ok(WHAT, found);
     }
-    Finding::warn(WHAT, format!("{found}; without {lacking}"), "guests under the software engine do not see these either")
+    Finding::warn(
+        WHAT,
+        format!("{found}; without {lacking}"),
+        "guests under the software engine do not see these either",
+    )
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -113,7 +115,9 @@ fn disk(state: &Path) -> Finding {
             format!("{} free for images in '{}'", ByteSize(bytes), state.display()),
             "building an image takes about 2 GiB: free some, or choose another place with --state or VIREO_STATE",
         ),
-        None => Finding::warn(WHAT, format!("the free space at '{}' is not known", at.display()), "check the file system"),
+        None => {
+            Finding::warn(WHAT, format!("the free space at '{}' is not known", at.display()), "check the file system")
+        }
     }
 }
 
@@ -177,7 +181,11 @@ fn cgroups() -> Finding {
         Some(text) if text.lines().any(|line| !line.starts_with("0::")) => {
             Finding::ok(WHAT, "version 1 (or hybrid) hierarchies")
         }
-        _ => Finding::warn(WHAT, "none are mounted", "needed for resource limits only: mount -t cgroup2 none /sys/fs/cgroup"),
+        _ => Finding::warn(
+            WHAT,
+            "none are mounted",
+            "needed for resource limits only: mount -t cgroup2 none /sys/fs/cgroup",
+        ),
     }
 }
 

@@ -11,6 +11,7 @@ use vireo_machine::config::Stream;
 
 const KEPT_BYTES: usize = 16 << 10;
 const TAIL_LINES: usize = 12;
+const PANIC: &str = "Kernel panic - not syncing";
 
 #[derive(Default)]
 struct State {
@@ -42,12 +43,23 @@ impl Console {
         self.state().shown = false;
     }
 
-    /// The last lines, without control sequences.
-    pub fn tail(&self) -> String {
+    fn text(&self) -> String {
         let bytes: Vec<u8> = self.state().kept.iter().copied().collect();
-        let text = plain(&String::from_utf8_lossy(&bytes));
+        plain(&String::from_utf8_lossy(&bytes))
+    }
+
+    /// Whether what is kept has the words with which a Linux kernel gives up.
+    pub fn shows_panic(&self) -> bool {
+        self.text().contains(PANIC)
+    }
+
+    /// A few lines, without control sequences: those from a kernel's panic on, else the last.
+    pub fn tail(&self) -> String {
+        let text = self.text();
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+        let last = lines.len().saturating_sub(TAIL_LINES);
+        let first = lines.iter().position(|line| line.contains(PANIC)).unwrap_or(last).min(last);
+        lines[first..].iter().take(TAIL_LINES).copied().collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -98,6 +110,22 @@ mod tests {
         let tail = console.tail();
         assert_eq!(tail.lines().count(), TAIL_LINES);
         assert!(tail.ends_with("line 98\nline 99"), "{tail}");
+    }
+
+    #[test]
+    fn a_panic_is_seen_as_long_as_it_is_kept() {
+        let mut console = Console::new(false);
+        write!(console, "[ 1.5] Kernel panic").unwrap();
+        assert!(!console.shows_panic());
+        write!(console, " - not syncing: Fatal exception\r\n").unwrap();
+        assert!(console.shows_panic());
+        for i in 0..100 {
+            writeln!(console, "register {i}").unwrap();
+        }
+        assert!(console.tail().starts_with("[ 1.5] Kernel panic - not syncing: Fatal exception\nregister 0\n"));
+        assert_eq!(console.tail().lines().count(), TAIL_LINES);
+        console.write_all(&[b'x'; KEPT_BYTES]).unwrap();
+        assert!(!console.shows_panic());
     }
 
     #[test]

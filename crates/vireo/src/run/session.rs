@@ -51,7 +51,14 @@ pub fn request(
         }
         variables.extend(pair);
     }
-    Ok(Exec { command: command.to_vec(), environment: variables, directory, terminal: None, user, network_wait_ms: None })
+    Ok(Exec {
+        command: command.to_vec(),
+        environment: variables,
+        directory,
+        terminal: None,
+        user,
+        network_wait_ms: None,
+    })
 }
 
 /// What the agent says of itself; a guest that connects and says nothing has until `deadline`.
@@ -238,9 +245,8 @@ fn copy_output(mut from: &UnixStream) -> Result<u8, Failure> {
             Some(FromAgent::Stderr(bytes)) => written(io::stderr().lock().write_all(&bytes))?,
             Some(FromAgent::Exit(exit)) => return Ok(exit.status() as u8),
             Some(FromAgent::Failed(why)) => {
-                // As a shell: 127 for a command that is not there or cannot run.
-                eprintln!("vireo: {why}");
-                return Ok(127);
+                let why = anyhow!("the guest agent refuses: {why}");
+                return Err(Failure::new(ExitCode::HostFailure, why));
             }
             Some(FromAgent::Ready(_)) => {}
             None => return Err(lost(io::Error::from(io::ErrorKind::UnexpectedEof))),
