@@ -62,9 +62,16 @@ impl Guest {
         let mut archive = base(&self.busybox);
         archive.program("bin/load", &self.load);
         let mut steps = String::from("mount -t devtmpfs dev /dev\n");
+        let mut load = String::new();
         for (name, data) in &self.drivers {
             archive.program(&format!("drivers/{name}.ko"), data);
-            steps.push_str(&format!("insmod /drivers/{name}.ko\n"));
+            load.push_str(&format!("[ -d /sys/module/{name} ] || insmod /drivers/{name}.ko 2>/dev/null || true\n"));
+        }
+        // Which driver needs which changes from kernel to kernel: those that came too early get another turn.
+        steps.push_str("mount -t sysfs sys /sys\n");
+        steps.push_str(&load.repeat(2));
+        for (name, _) in &self.drivers {
+            steps.push_str(&format!("[ -d /sys/module/{name} ]\n"));
         }
         steps.push_str(script);
         archive.program("init", init(&steps).as_bytes());
