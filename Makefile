@@ -8,7 +8,7 @@ PACKAGES := gcc libc6-dev make ca-certificates gpgv debian-archive-keyring e2fsp
 TEST_PACKAGES := $(PACKAGES) qemu-utils acpica-tools gnupg iproute2 cpio busybox-static xz-utils
 BENCH_PACKAGES := $(PACKAGES) qemu-system-x86
 
-.PHONY: all build run test bench fuzz soak check packages test-packages bench-packages clean
+.PHONY: all build run test e2e bench fuzz soak check packages test-packages bench-packages clean
 
 all: build
 
@@ -28,6 +28,10 @@ test: test-packages
 # Longer runs, not part of `make test`. See CONTRIBUTING.md.
 bench: build bench-packages
 	cargo run --release --locked --package vireo-bench -- $(BENCH_ARGS)
+
+# All tests with whole Debian machines: a quarter of an hour.
+e2e: test-packages
+	E2E= scripts/test
 
 fuzz: test-packages
 	scripts/fuzz

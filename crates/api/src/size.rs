@@ -28,11 +28,8 @@ impl FromStr for ByteSize {
         let (number, unit) = trimmed.split_at(split);
         let unit = unit.trim().to_ascii_uppercase();
         let unit = unit.strip_suffix("IB").or_else(|| unit.strip_suffix('B')).unwrap_or(&unit);
-        let shift = if unit.is_empty() {
-            0
-        } else {
-            UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(malformed)?.1
-        };
+        let shift =
+            if unit.is_empty() { 0 } else { UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(malformed)?.1 };
         let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
         if whole.is_empty() || fraction.contains('.') || fraction.len() > 9 || (shift == 0 && !fraction.is_empty()) {
             return Err(malformed());

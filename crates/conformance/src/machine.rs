@@ -64,7 +64,10 @@ const DESCRIPTORS: &[u64] = &[
     0, 0,                  // 80, 88: for the guest
 ];
 
-code!(runtime_long, "runtime_long", r#"
+code!(
+    runtime_long,
+    "runtime_long",
+    r#"
     // One stub for each vector: a zero where the processor pushes no error code, then the vector.
     .set vector, 0
     .rept 256
@@ -155,9 +158,13 @@ code!(runtime_long, "runtime_long", r#"
     mov rax, cr2
     out dx, eax
     DONE
-"#);
+"#
+);
 
-code!(runtime_protected, "runtime_protected", r#"
+code!(
+    runtime_protected,
+    "runtime_protected",
+    r#"
     .code32
     .set vector, 0
     .rept 256
@@ -249,7 +256,8 @@ code!(runtime_protected, "runtime_protected", r#"
     out dx, al
 27: hlt
     jmp 27b
-"#);
+"#
+);
 
 /// Fills memory for the guest; returns the state its boot processor starts in.
 pub fn load(memory: &GuestMemory, guest: &Guest) -> Result<CpuState, MemoryError> {

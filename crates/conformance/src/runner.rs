@@ -10,10 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vireo_cpu::{
-    Bus, CpuState, CrashInfo, Engine, Exit, Kick, MsiLine, MsiMessage, VcpuConfig,
-    cpuid::CpuidTable,
-};
+use vireo_cpu::{Bus, CpuState, CrashInfo, Engine, Exit, Kick, MsiLine, MsiMessage, VcpuConfig, cpuid::CpuidTable};
 use vireo_memory::GuestMemory;
 
 use crate::{

@@ -8,9 +8,7 @@ mod engine;
 mod state;
 
 pub use bus::{Bus, NoBus};
-pub use engine::{
-    CpuError, CrashInfo, Engine, Exit, Kick, MAX_VCPUS, MsiLine, MsiMessage, RunStats, Vcpu, VcpuConfig,
-};
+pub use engine::{CpuError, CrashInfo, Engine, Exit, Kick, MAX_VCPUS, MsiLine, MsiMessage, RunStats, Vcpu, VcpuConfig};
 pub use state::{ApicState, CpuState, DescriptorTable, PendingEvents, Segment};
 
 pub mod cpuid;

@@ -336,7 +336,8 @@ impl Cpu {
             &raw mut space.supervisor
         };
         self.code = if self.cpl == 3 { &raw const space.user_code } else { &raw const space.supervisor_code };
-        let watched = self.debug[5] & 0xff != 0 && (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
+        let watched = self.debug[5] & 0xff != 0
+            && (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
         let aligned = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
         self.inspect = watched || aligned;
         if self.inspect {

@@ -22,7 +22,11 @@ const MAX_LENGTH: usize = 15;
 pub(crate) enum Fusable {
     No,
     /// CMP or TEST of registers, or of a register and an immediate.
-    Compare { test: bool, bytes: usize, imm: bool },
+    Compare {
+        test: bool,
+        bytes: usize,
+        imm: bool,
+    },
 }
 
 /// A lowered instruction.
@@ -66,7 +70,8 @@ impl Cpu {
         let start = gpa | (linear & PAGE_MASK);
         let Some(page) = self.memory.host_page(gpa) else {
             let at = self.rip;
-            return self.unsupported(&format!("to run code outside RAM (at guest-physical address {start:#x}, rip {at:#x})"));
+            return self
+                .unsupported(&format!("to run code outside RAM (at guest-physical address {start:#x}, rip {at:#x})"));
         };
         // Watched before it is read: a change from here on is told.
         self.watch_code(gpa, page);

@@ -35,13 +35,7 @@ impl Cpu {
     }
 
     pub fn crash_with(&mut self, reason: String) {
-        self.crash = Some(CrashInfo {
-            vcpu: self.id,
-            reason,
-            rip: self.rip,
-            rsp: self.regs.gpr[4],
-            cr3: self.cr3,
-        });
+        self.crash = Some(CrashInfo { vcpu: self.id, reason, rip: self.rip, rsp: self.regs.gpr[4], cr3: self.cr3 });
     }
 
     /// Delivers the exception in `self.fault`; `rip` is what it saves. Escalates to double and triple fault.
@@ -169,10 +163,7 @@ impl Cpu {
         }
         let code = self.descriptor(selector, vector::GP)?;
         let rights = code.rights();
-        if !code.is_code()
-            || code.dpl() > self.cpl
-            || rights & (rights::LONG | rights::BIG) != rights::LONG
-        {
+        if !code.is_code() || code.dpl() > self.cpl || rights & (rights::LONG | rights::BIG) != rights::LONG {
             return self.gp(selector_error(selector) | ext);
         }
         if !code.present() {
@@ -385,13 +376,8 @@ impl Cpu {
         self.set_flags(flags);
         self.cpl = 3;
         for (index, selector) in [es, selector, ss, ds, fs, gs].into_iter().enumerate() {
-            self.seg[index] = Segment {
-                selector,
-                base: u64::from(selector) << 4,
-                limit: 0xffff,
-                rights: 0xf3,
-                unusable: false,
-            };
+            self.seg[index] =
+                Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, rights: 0xf3, unusable: false };
         }
         self.rip = offset & 0xffff;
         self.refresh();
@@ -403,5 +389,4 @@ impl Cpu {
     pub fn x87_error<T>(&mut self) -> Run<T> {
         if self.cr0 & cr0::NE != 0 { self.raise(Fault::new(vector::MF)) } else { self.unsupported("FERR# and IRQ 13") }
     }
-
 }

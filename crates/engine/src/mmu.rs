@@ -69,8 +69,7 @@ const PAE: [Level; 3] = [
     Level { shift: 21, bits: 9, large: true },
     Level { shift: 12, bits: 9, large: false },
 ];
-const LEGACY: [Level; 2] =
-    [Level { shift: 22, bits: 10, large: true }, Level { shift: 12, bits: 10, large: false }];
+const LEGACY: [Level; 2] = [Level { shift: 22, bits: 10, large: true }, Level { shift: 12, bits: 10, large: false }];
 
 impl Cpu {
     /// Loads a value from a linear address with the current privilege.
@@ -271,7 +270,8 @@ impl Cpu {
         if linear.wrapping_add(len - 1) & !PAGE_MASK != linear & !PAGE_MASK {
             return Ok(None);
         }
-        let gpa = self.translate_data(linear, if write { Access::Write } else { Access::Read }, false)? | linear & PAGE_MASK;
+        let gpa =
+            self.translate_data(linear, if write { Access::Write } else { Access::Read }, false)? | linear & PAGE_MASK;
         let Some(page) = self.memory.host_page(gpa) else { return Ok(None) };
         if self.inspect {
             self.inspect_access(linear, len as usize, write)?;

@@ -164,11 +164,7 @@ impl Cpu {
     /// The block at `rip`, decoded if need be, and linked to from where we come.
     #[inline(never)]
     fn find_block(&mut self) -> Run<*const Block> {
-        let linear = if self.code64() {
-            self.rip
-        } else {
-            self.seg[1].base.wrapping_add(self.rip) & 0xffff_ffff
-        };
+        let linear = if self.code64() { self.rip } else { self.seg[1].base.wrapping_add(self.rip) & 0xffff_ffff };
         let link = std::mem::replace(&mut self.link, ptr::null_mut());
         let came_from = self.block;
         let clears = self.cache.clears;
@@ -185,8 +181,8 @@ impl Cpu {
             // SAFETY: as above; `link` lies in the block that ran last, and the cache was not cleared since.
             unsafe {
                 let (from, to) = (&*came_from, &*block);
-                let same_page = (self.regs.gpr[slot::BLOCK] ^ self.rip) & !PAGE_MASK == 0
-                    && (from.gpa ^ to.gpa) & !PAGE_MASK == 0;
+                let same_page =
+                    (self.regs.gpr[slot::BLOCK] ^ self.rip) & !PAGE_MASK == 0 && (from.gpa ^ to.gpa) & !PAGE_MASK == 0;
                 let whole = from.second_page.is_none() && to.second_page.is_none();
                 if same_page && whole && from.valid && from.mode == to.mode {
                     *link = block;

@@ -280,11 +280,8 @@ impl Cpu {
 
     fn far_direct(&mut self, d: Descriptor, selector: u16, offset: u64, bytes: usize, back: u64, call: bool) -> Run {
         self.check_code(d, selector)?;
-        let allowed = if d.conforming() {
-            d.dpl() <= self.cpl
-        } else {
-            rpl(selector) <= self.cpl && d.dpl() == self.cpl
-        };
+        let allowed =
+            if d.conforming() { d.dpl() <= self.cpl } else { rpl(selector) <= self.cpl && d.dpl() == self.cpl };
         if !allowed {
             return self.gp(selector_error(selector));
         }
@@ -361,7 +358,15 @@ impl Cpu {
     }
 
     /// A call to a more privileged level: the stack comes from the TSS, parameters are copied.
-    fn inner_call(&mut self, gate: Descriptor, d: Descriptor, target: u16, offset: u64, bytes: usize, back: u64) -> Run {
+    fn inner_call(
+        &mut self,
+        gate: Descriptor,
+        d: Descriptor,
+        target: u16,
+        offset: u64,
+        bytes: usize,
+        back: u64,
+    ) -> Run {
         let new_cpl = d.dpl();
         let (old_ss, old_sp) = (self.seg[sreg::SS].selector, self.stack_pointer());
         let (old_cs, saved) = (self.seg[sreg::CS].selector, self.snapshot());
@@ -504,8 +509,7 @@ impl Cpu {
             if cpl != self.cpl {
                 // A null SS with the new privilege as RPL.
                 let rights = u16::from(cpl) << 5;
-                self.seg[sreg::SS] =
-                    Segment { selector: u16::from(cpl), base: 0, limit: 0, rights, unusable: true };
+                self.seg[sreg::SS] = Segment { selector: u16::from(cpl), base: 0, limit: 0, rights, unusable: true };
             }
             self.regs.gpr[4] = sp;
             return Ok(());
@@ -645,7 +649,13 @@ impl Cpu {
         if wide && (!canonical(rip) || !canonical(rsp)) {
             return self.gp(0);
         }
-        let flat = |selector: u16, rights| Segment { selector: selector | 3, base: 0, limit: u32::MAX, rights, unusable: false };
+        let flat = |selector: u16, rights| Segment {
+            selector: selector | 3,
+            base: 0,
+            limit: u32::MAX,
+            rights,
+            unusable: false,
+        };
         let mask = if wide { u64::MAX } else { 0xffff_ffff };
         self.rip = rip & mask;
         self.regs.gpr[4] = rsp & mask;

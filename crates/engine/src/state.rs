@@ -2,11 +2,7 @@
 
 use vireo_cpu::{CpuError, CpuState, PendingEvents};
 
-use crate::{
-    cpu::Cpu,
-    ops::system::msr,
-    signal::request,
-};
+use crate::{cpu::Cpu, ops::system::msr, signal::request};
 
 /// MSRs that the core keeps in fields of its own.
 const CORE_MSRS: [u32; 13] = [

@@ -120,7 +120,8 @@ impl Cpu {
         if switch == Switch::Return {
             flags &= !rflags::NT;
         }
-        let put = |cpu: &mut Self, offset: u64, value: u64| cpu.store_system::<u32>(base.wrapping_add(offset), value as u32);
+        let put =
+            |cpu: &mut Self, offset: u64, value: u64| cpu.store_system::<u32>(base.wrapping_add(offset), value as u32);
         put(self, field::EIP, back)?;
         put(self, field::EFLAGS, flags)?;
         for i in 0..8 {

@@ -221,7 +221,11 @@ fn disturb(random: &mut Random, code: &mut Code) {
         }
         12 => {
             let port = random.pick(&[0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x70, 0x71, 0x71, 0xcf8, 0xcfc, 0xcfe, 0x505]);
-            code.port(port, random.next() as u32, random.pick(&[&[0xee][..], &[0x66, 0xef], &[0xef], &[0xec], &[0xed]]));
+            code.port(
+                port,
+                random.next() as u32,
+                random.pick(&[&[0xee][..], &[0x66, 0xef], &[0xef], &[0xec], &[0xed]]),
+            );
         }
         13 => {
             // The window into the BAR in configuration space, also onto itself.
@@ -385,5 +389,8 @@ fn guests_that_abuse_devices_are_stopped_and_leave_nothing_behind() {
         assert!(now.1 <= first.1, "{} descriptors after case {case} of seed {seed}", now.1);
         assert!(now.2 < first.2 + MOST_GROWTH_KB, "{} KiB after case {case} of seed {seed}", now.2);
     }
-    println!("{cases} guests, the slowest took {slowest:?} to stop, memory {before:?} then {:?}: {ends:#?}", resources());
+    println!(
+        "{cases} guests, the slowest took {slowest:?} to stop, memory {before:?} then {:?}: {ends:#?}",
+        resources()
+    );
 }

@@ -222,7 +222,11 @@ fn find_kernel() -> Result<PathBuf, String> {
     let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).map_err(|e| e.to_string())?;
     let depends = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
     // Its own name comes first, then the kernel of the day.
-    let package = depends.split_whitespace().filter(|word| word.starts_with("linux-image-")).nth(1).ok_or("apt knows no linux-image-cloud-amd64")?;
+    let package = depends
+        .split_whitespace()
+        .filter(|word| word.starts_with("linux-image-"))
+        .nth(1)
+        .ok_or("apt knows no linux-image-cloud-amd64")?;
     output(Command::new("apt-get").args(["download", package]).current_dir(fresh.path()))?;
     let file = std::fs::read_dir(fresh.path()).map_err(|e| e.to_string())?.flatten().next();
     let file = file.ok_or("apt-get download left no file")?.path();
@@ -234,7 +238,9 @@ fn find_kernel() -> Result<PathBuf, String> {
 
 fn kernel_in(folder: &Path) -> Option<PathBuf> {
     let files = std::fs::read_dir(folder.join("boot")).ok()?.flatten();
-    files.map(|file| file.path()).find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
+    files
+        .map(|file| file.path())
+        .find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
 }
 
 fn output(command: &mut Command) -> Result<String, String> {
@@ -306,9 +312,28 @@ echo \"clock: $(/bin/busybox cat /sys/devices/system/clocksource/clocksource0/cu
 
 /// What a kernel says when something is wrong with its processors, timers or interrupts.
 const COMPLAINTS: &[&str] = &[
-    "soft lockup", "hard LOCKUP", "rcu_sched", "rcu_preempt detected", "self-detected stall", "BUG:", "WARNING:", "Unhandled",
-    "unchecked MSR", "Call Trace", "unstable", "spurious", "Firmware Bug", "not responding", "microcode", "blocked for more",
-    "Vulnerable", "general protection", "invalid opcode", "TSC warp", "MTRR: ", "mtrr: ",
+    "soft lockup",
+    "hard LOCKUP",
+    "rcu_sched",
+    "rcu_preempt detected",
+    "self-detected stall",
+    "BUG:",
+    "WARNING:",
+    "Unhandled",
+    "unchecked MSR",
+    "Call Trace",
+    "unstable",
+    "spurious",
+    "Firmware Bug",
+    "not responding",
+    "microcode",
+    "blocked for more",
+    "Vulnerable",
+    "general protection",
+    "invalid opcode",
+    "TSC warp",
+    "MTRR: ",
+    "mtrr: ",
 ];
 
 fn boots_calmly(vcpus: u32) {
@@ -363,6 +388,11 @@ fn restarts_and_panics_end_as_resets() {
 #[test]
 fn a_triple_fault_is_a_crash() {
     // reboot=t: by an empty interrupt table
-    let Some((outcome, text)) = boot("a_triple_fault_is_a_crash", 2, "reboot=t", "/bin/busybox reboot -f\n") else { return };
-    assert!(matches!(&outcome, Outcome::Crash { .. } if format!("{outcome:?}").contains("triple fault")), "{outcome:?}: {text}");
+    let Some((outcome, text)) = boot("a_triple_fault_is_a_crash", 2, "reboot=t", "/bin/busybox reboot -f\n") else {
+        return;
+    };
+    assert!(
+        matches!(&outcome, Outcome::Crash { .. } if format!("{outcome:?}").contains("triple fault")),
+        "{outcome:?}: {text}"
+    );
 }

@@ -28,7 +28,9 @@ pub enum NetError {
 
     #[error("'{0}' is no name of a tap device: 1 to 15 characters without '/', ':', '%' and spaces")]
     TapName(String),
-    #[error("there is no tap device {0}; make it as root: ip tuntap add mode tap user YOUR-NAME name {0} && ip link set {0} up")]
+    #[error(
+        "there is no tap device {0}; make it as root: ip tuntap add mode tap user YOUR-NAME name {0} && ip link set {0} up"
+    )]
     NoTap(String),
     #[error("the tap device '{0}' is busy: another program, perhaps another VM, has it open")]
     TapBusy(String),

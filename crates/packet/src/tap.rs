@@ -59,7 +59,8 @@ impl Tap {
     pub fn exists(name: &str) -> Result<bool, NetError> {
         let mut request = Request::new(name)?;
         let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None);
-        let socket = socket.map_err(|source| NetError::Tap { name: name.to_owned(), what: "looking for it", source })?;
+        let socket =
+            socket.map_err(|source| NetError::Tap { name: name.to_owned(), what: "looking for it", source })?;
         // SAFETY: SIOCGIFINDEX fills a struct ifreq, which `request` is laid out as; any socket will do.
         Ok(unsafe { ioctl_with_mut_ref(&socket, libc::SIOCGIFINDEX, &mut request) } >= 0)
     }

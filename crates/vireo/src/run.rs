@@ -15,7 +15,7 @@ use vireo_api::{ByteSize, ExitCode};
 use vireo_guest_protocol::{READY_PORT, VERSION};
 use vireo_image::Image;
 use vireo_machine::{
-    Control, Handles, MachineError, Outcome, Report,
+    Control, Handles, MachineError, Outcome, Report, VsockListener,
     config::{Accel, BootConfig, DiskConfig, MachineConfig, NicBackend, NicConfig, VsockConfig},
 };
 
@@ -28,8 +28,8 @@ const GUEST_CID: u32 = 3;
 const NETWORK_WAIT_MS: u32 = 15_000;
 /// How long a guest that was asked to power off may take before it is stopped.
 const POWER_OFF: Duration = Duration::from_secs(10);
-/// How long it may take from a guest's last instruction until its machine has ended.
-const TAKE_DOWN: Duration = Duration::from_secs(3);
+/// How long a guest may take to go down once its agent is gone.
+const GOING_DOWN: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -138,8 +138,7 @@ pub fn run(args: Args, state: &StateArgs) -> Result<u8, Failure> {
     let result = session::run(&vsock, exec, terminal, &signals, || machine.is_over());
     let status = match result {
         Ok(status) => status,
-        // The guest's end breaks the connection a moment before the machine is taken down.
-        Err(failure) if failure.code() == ExitCode::HostFailure && machine.ends_within(TAKE_DOWN) => {
+        Err(failure) if failure.code() == ExitCode::HostFailure && is_going_down(&machine, &listener) => {
             return Err(machine.ended_early(&console, signals.stopped()));
         }
         Err(failure) => {
@@ -151,6 +150,18 @@ pub fn run(args: Args, state: &StateArgs) -> Result<u8, Failure> {
     let _asked = session::power_off(&vsock);
     machine.wait_or_stop(&control, POWER_OFF)?;
     Ok(status)
+}
+
+/// A guest that powers off or crashes breaks the connection to its agent before it is gone. If it was the agent alone
+/// that died, the next one announces itself.
+fn is_going_down(machine: &Running, listener: &VsockListener) -> bool {
+    let deadline = Instant::now() + GOING_DOWN;
+    while !machine.is_over() && Instant::now() < deadline {
+        if listener.accept(Duration::from_millis(20)).is_ok() {
+            return false;
+        }
+    }
+    machine.is_over()
 }
 
 fn host_failure(what: &str) -> Failure {

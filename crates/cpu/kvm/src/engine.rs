@@ -128,8 +128,7 @@ impl Engine for KvmEngine {
     /// Writes of any length signal the eventfd: that is the kernel's fast path (KVM_CAP_IOEVENTFD_ANY_LENGTH),
     /// and a device's notification register does not care about the length.
     fn ioeventfd(&self, gpa: u64, _len: u32, fd: BorrowedFd<'_>) -> bool {
-        duplicate(fd)
-            .is_ok_and(|fd| self.0.fd.register_ioevent(&fd, &IoEventAddress::Mmio(gpa), NoDatamatch).is_ok())
+        duplicate(fd).is_ok_and(|fd| self.0.fd.register_ioevent(&fd, &IoEventAddress::Mmio(gpa), NoDatamatch).is_ok())
     }
 
     fn remove_ioeventfd(&self, gpa: u64, _len: u32, fd: BorrowedFd<'_>) {

@@ -50,7 +50,11 @@ impl Routes {
 
     fn give_back(&self, gsi: u32) {
         let mut table = lock(&self.0);
-        if gsi < IOAPIC_PINS { table.free_pins.insert(gsi) } else { table.free_others.insert(gsi) };
+        if gsi < IOAPIC_PINS {
+            table.free_pins.insert(gsi)
+        } else {
+            table.free_others.insert(gsi)
+        };
     }
 
     /// Routes `gsi` to `message` or nowhere. `false` where the kernel refuses the table.

@@ -42,8 +42,7 @@ const NOT_SAVED: &[RangeInclusive<u32>] = &[
 ];
 
 /// MSRs that KVM serves but does not list: the memory type range registers.
-const NOT_LISTED: &[RangeInclusive<u32>] =
-    &[0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+const NOT_LISTED: &[RangeInclusive<u32>] = &[0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 
 /// The MSRs that KVM lists, and those of [`NOT_LISTED`], as far as they make up a saved state, sorted.
 pub(crate) fn saved_list(kvm: &Kvm) -> Result<Vec<u32>, CpuError> {

@@ -4,13 +4,7 @@ use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vireo_cpu::{Bus, CpuError, CpuState, CrashInfo, Exit, Kick, RunStats, Vcpu, VcpuConfig};
 
-use crate::{
-    cpuid,
-    engine::Vm,
-    host,
-    kick::Kicker,
-    state,
-};
+use crate::{cpuid, engine::Vm, host, kick::Kicker, state};
 
 pub(crate) struct KvmVcpu {
     id: u32,
@@ -55,7 +49,9 @@ impl KvmVcpu {
         let sregs = self.fd.get_sregs().map_err(host("reading a vCPU's control registers"))?;
         let rip = self.fd.get_regs().map_err(host("reading a vCPU's registers"))?.rip;
         let reset = rip == 0xfff0 && sregs.cs.base == 0xffff_0000 && sregs.cr0 & 1 == 0;
-        self.crash(if reset { "triple fault (KVM on this processor does not tell where)" } else { "triple fault" }.into())
+        self.crash(
+            if reset { "triple fault (KVM on this processor does not tell where)" } else { "triple fault" }.into(),
+        )
     }
 
     fn internal_error(&mut self) -> Result<Exit, CpuError> {

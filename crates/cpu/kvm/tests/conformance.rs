@@ -1,6 +1,9 @@
 //! The guests that both engines must run alike, on KVM.
 
-use std::{fs::File, sync::{Arc, OnceLock}};
+use std::{
+    fs::File,
+    sync::{Arc, OnceLock},
+};
 
 use vireo_cpu::Engine;
 use vireo_cpu_kvm::{KvmEngine, KvmOptions, Ring0Speed, probe};

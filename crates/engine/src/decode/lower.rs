@@ -18,22 +18,70 @@ use crate::{
 macro_rules! by_condition {
     ($cc:expr, |$c:ident| $f:expr) => {
         match $cc {
-            0 => { const $c: u8 = 0; $f }
-            1 => { const $c: u8 = 1; $f }
-            2 => { const $c: u8 = 2; $f }
-            3 => { const $c: u8 = 3; $f }
-            4 => { const $c: u8 = 4; $f }
-            5 => { const $c: u8 = 5; $f }
-            6 => { const $c: u8 = 6; $f }
-            7 => { const $c: u8 = 7; $f }
-            8 => { const $c: u8 = 8; $f }
-            9 => { const $c: u8 = 9; $f }
-            10 => { const $c: u8 = 10; $f }
-            11 => { const $c: u8 = 11; $f }
-            12 => { const $c: u8 = 12; $f }
-            13 => { const $c: u8 = 13; $f }
-            14 => { const $c: u8 = 14; $f }
-            _ => { const $c: u8 = 15; $f }
+            0 => {
+                const $c: u8 = 0;
+                $f
+            }
+            1 => {
+                const $c: u8 = 1;
+                $f
+            }
+            2 => {
+                const $c: u8 = 2;
+                $f
+            }
+            3 => {
+                const $c: u8 = 3;
+                $f
+            }
+            4 => {
+                const $c: u8 = 4;
+                $f
+            }
+            5 => {
+                const $c: u8 = 5;
+                $f
+            }
+            6 => {
+                const $c: u8 = 6;
+                $f
+            }
+            7 => {
+                const $c: u8 = 7;
+                $f
+            }
+            8 => {
+                const $c: u8 = 8;
+                $f
+            }
+            9 => {
+                const $c: u8 = 9;
+                $f
+            }
+            10 => {
+                const $c: u8 = 10;
+                $f
+            }
+            11 => {
+                const $c: u8 = 11;
+                $f
+            }
+            12 => {
+                const $c: u8 = 12;
+                $f
+            }
+            13 => {
+                const $c: u8 = 13;
+                $f
+            }
+            14 => {
+                const $c: u8 = 14;
+                $f
+            }
+            _ => {
+                const $c: u8 = 15;
+                $f
+            }
         }
     };
 }
@@ -42,9 +90,18 @@ macro_rules! by_condition {
 macro_rules! by_wide {
     ($bytes:expr, |$t:ident| $f:expr) => {
         match $bytes {
-            2 => { type $t = u16; $f }
-            4 => { type $t = u32; $f }
-            _ => { type $t = u64; $f }
+            2 => {
+                type $t = u16;
+                $f
+            }
+            4 => {
+                type $t = u32;
+                $f
+            }
+            _ => {
+                type $t = u64;
+                $f
+            }
         }
     };
 }
@@ -322,15 +379,15 @@ impl Lower<'_> {
             self.op.imm = insn.memory_displacement64();
             self.op.disp = 0;
             let n = if self.is_reg(0) { bytes(0) } else { bytes(1) };
-            return Some(if self.is_reg(0) { by_size!(n, data::mov_acc_abs<>) } else { by_size!(n, data::mov_abs_acc<>) });
+            return Some(if self.is_reg(0) { by_size!(n, data::mov_acc_abs) } else { by_size!(n, data::mov_abs_acc) });
         }
         let n = bytes(0);
         Some(match self.two_operands()? {
-            Form::RegReg => by_size!(n, data::mov_reg_reg<>),
-            Form::RegMem => by_size!(n, data::mov_reg_mem<>),
-            Form::MemReg => by_size!(n, data::mov_mem_reg<>),
-            Form::RegImm => by_size!(n, data::mov_reg_imm<>),
-            Form::MemImm => by_size!(n, data::mov_mem_imm<>),
+            Form::RegReg => by_size!(n, data::mov_reg_reg),
+            Form::RegMem => by_size!(n, data::mov_reg_mem),
+            Form::MemReg => by_size!(n, data::mov_mem_reg),
+            Form::RegImm => by_size!(n, data::mov_reg_imm),
+            Form::MemImm => by_size!(n, data::mov_mem_imm),
         })
     }
 
@@ -595,13 +652,13 @@ impl Lower<'_> {
         }
         let n = insn.memory_size().size();
         Some(match insn.mnemonic() {
-            Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq => by_size!(n, string::movs<>),
-            Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => by_size!(n, string::stos<>),
-            Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq => by_size!(n, string::lods<>),
-            Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq => by_size!(n, string::scas<>),
-            Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq => by_size!(n, string::cmps<>),
-            Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => by_size!(n, string::ins<>),
-            _ => by_size!(n, string::outs<>),
+            Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq => by_size!(n, string::movs),
+            Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => by_size!(n, string::stos),
+            Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq => by_size!(n, string::lods),
+            Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq => by_size!(n, string::scas),
+            Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq => by_size!(n, string::cmps),
+            Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => by_size!(n, string::ins),
+            _ => by_size!(n, string::outs),
         })
     }
 
@@ -715,8 +772,17 @@ impl Lower<'_> {
             M::Bts => self.bit(bits::Change::Set),
             M::Btr => self.bit(bits::Change::Reset),
             M::Btc => self.bit(bits::Change::Complement),
-            M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetch | M::Prefetchw | M::Prefetchwt1 | M::Prefetcht0
-            | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Reservednop => Some(data::nop),
+            M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Reservednop => Some(data::nop),
             M::Pause => self.system(System::Wait, 0),
             M::Mfence | M::Lfence | M::Sfence => Some(native::fence),
             M::Clflush | M::Clflushopt | M::Clwb => Some(native::touch),
@@ -750,9 +816,30 @@ impl Lower<'_> {
             M::Popad => self.all_registers(stack::popa, 4),
             M::In => self.port(true),
             M::Out => self.port(false),
-            M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw
-            | M::Lodsd | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq
-            | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd => self.string(),
+            M::Movsb
+            | M::Movsw
+            | M::Movsq
+            | M::Stosb
+            | M::Stosw
+            | M::Stosd
+            | M::Stosq
+            | M::Lodsb
+            | M::Lodsw
+            | M::Lodsd
+            | M::Lodsq
+            | M::Scasb
+            | M::Scasw
+            | M::Scasd
+            | M::Scasq
+            | M::Cmpsb
+            | M::Cmpsw
+            | M::Cmpsq
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd => self.string(),
             M::Movsd | M::Cmpsd if insn.is_string_instruction() => self.string(),
             _ if insn.is_jcc_short_or_near() || is_branch(insn) => self.branch(),
             _ if is_cmov(insn) => self.cmov(cc - 1),
@@ -766,8 +853,8 @@ impl Lower<'_> {
         if operand_bytes(self.insn, 0) == operand_bytes(self.insn, 1) {
             let n = operand_bytes(self.insn, 0);
             return Some(match self.two_operands()? {
-                Form::RegReg => by_size!(n, data::mov_reg_reg<>),
-                _ => by_size!(n, data::mov_reg_mem<>),
+                Form::RegReg => by_size!(n, data::mov_reg_reg),
+                _ => by_size!(n, data::mov_reg_mem),
             });
         }
         self.extend(true)
@@ -788,7 +875,7 @@ impl Lower<'_> {
         }
         let n = operand_bytes(self.insn, 0);
         self.two_operands()?;
-        Some(by_size!(n, data::xchg_reg_reg<>))
+        Some(by_size!(n, data::xchg_reg_reg))
     }
 
     fn xlat(&mut self) -> Option<Handler> {
@@ -956,18 +1043,29 @@ fn loop_bytes(insn: &Instruction) -> usize {
 
 fn is_branch(insn: &Instruction) -> bool {
     use Mnemonic as M;
-    matches!(
-        insn.mnemonic(),
-        M::Jmp | M::Call | M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz
-    )
+    matches!(insn.mnemonic(), M::Jmp | M::Call | M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz)
 }
 
 fn is_cmov(insn: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         insn.mnemonic(),
-        M::Cmovo | M::Cmovno | M::Cmovb | M::Cmovae | M::Cmove | M::Cmovne | M::Cmovbe | M::Cmova | M::Cmovs
-            | M::Cmovns | M::Cmovp | M::Cmovnp | M::Cmovl | M::Cmovge | M::Cmovle | M::Cmovg
+        M::Cmovo
+            | M::Cmovno
+            | M::Cmovb
+            | M::Cmovae
+            | M::Cmove
+            | M::Cmovne
+            | M::Cmovbe
+            | M::Cmova
+            | M::Cmovs
+            | M::Cmovns
+            | M::Cmovp
+            | M::Cmovnp
+            | M::Cmovl
+            | M::Cmovge
+            | M::Cmovle
+            | M::Cmovg
     )
 }
 
@@ -975,8 +1073,22 @@ fn is_setcc(insn: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         insn.mnemonic(),
-        M::Seto | M::Setno | M::Setb | M::Setae | M::Sete | M::Setne | M::Setbe | M::Seta | M::Sets | M::Setns
-            | M::Setp | M::Setnp | M::Setl | M::Setge | M::Setle | M::Setg
+        M::Seto
+            | M::Setno
+            | M::Setb
+            | M::Setae
+            | M::Sete
+            | M::Setne
+            | M::Setbe
+            | M::Seta
+            | M::Sets
+            | M::Setns
+            | M::Setp
+            | M::Setnp
+            | M::Setl
+            | M::Setge
+            | M::Setle
+            | M::Setg
     )
 }
 

@@ -11,9 +11,7 @@ use crate::{
 /// Byte offset of a general register in `Regs::gpr`.
 pub fn gpr(register: Register) -> u8 {
     match register {
-        Register::AH | Register::CH | Register::DH | Register::BH => {
-            (register as u8 - Register::AH as u8) * 8 + 1
-        }
+        Register::AH | Register::CH | Register::DH | Register::BH => (register as u8 - Register::AH as u8) * 8 + 1,
         _ => register.full_register().number() as u8 * 8,
     }
 }

@@ -198,13 +198,27 @@ mod host {
         };
     }
     int!(u8, i8, reg_byte, "", {
-        fn imul(self, b: Self, f: &mut PackedFlags) -> Self { self.imul_wide(b, f).0 }
+        fn imul(self, b: Self, f: &mut PackedFlags) -> Self {
+            self.imul_wide(b, f).0
+        }
         byte_mul!(mul_wide, "mul");
         byte_mul!(imul_wide, "imul");
     });
-    int!(u16, i16, reg, ":x", { imul!(reg, ":x"); wide!(mul_wide, "mul", "ax", "dx", ":x"); wide!(imul_wide, "imul", "ax", "dx", ":x"); });
-    int!(u32, i32, reg, ":e", { imul!(reg, ":e"); wide!(mul_wide, "mul", "eax", "edx", ":e"); wide!(imul_wide, "imul", "eax", "edx", ":e"); });
-    int!(u64, i64, reg, ":r", { imul!(reg, ":r"); wide!(mul_wide, "mul", "rax", "rdx", ":r"); wide!(imul_wide, "imul", "rax", "rdx", ":r"); });
+    int!(u16, i16, reg, ":x", {
+        imul!(reg, ":x");
+        wide!(mul_wide, "mul", "ax", "dx", ":x");
+        wide!(imul_wide, "imul", "ax", "dx", ":x");
+    });
+    int!(u32, i32, reg, ":e", {
+        imul!(reg, ":e");
+        wide!(mul_wide, "mul", "eax", "edx", ":e");
+        wide!(imul_wide, "imul", "eax", "edx", ":e");
+    });
+    int!(u64, i64, reg, ":r", {
+        imul!(reg, ":r");
+        wide!(mul_wide, "mul", "rax", "rdx", ":r");
+        wide!(imul_wide, "imul", "rax", "rdx", ":r");
+    });
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -64,7 +64,8 @@ pub unsafe fn bit_mem<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 
 fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
     let access = if op.aux & 3 == 0 { Access::Read } else { Access::Write };
-    let which = if op.aux & BY_REGISTER != 0 { cpu.reg::<T>(op.src).sext() } else { (op.imm & u64::from(T::BITS - 1)) as i64 };
+    let which =
+        if op.aux & BY_REGISTER != 0 { cpu.reg::<T>(op.src).sext() } else { (op.imm & u64::from(T::BITS - 1)) as i64 };
     // A register offset reaches beyond the operand, in steps of its size, in either direction.
     let units = which >> T::BITS.trailing_zeros();
     let displaced = units.wrapping_mul(T::BYTES as i64);

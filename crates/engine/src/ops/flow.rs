@@ -77,11 +77,7 @@ pub unsafe fn compare_jcc<const CC: u8, O: super::alu::Binary, T: Int, const IMM
         let o = &*op;
         let b = if IMM { T::from_u64(o.imm) } else { cpu.reg::<T>(o.src) };
         O::run(cpu.reg::<T>(o.dst), b, &mut cpu.regs.flags);
-        if condition::<CC>(cpu.regs.flags) {
-            go(cpu, o.disp as i64 as u64, 1)
-        } else {
-            go(cpu, u64::from(o.aux), 0)
-        }
+        if condition::<CC>(cpu.regs.flags) { go(cpu, o.disp as i64 as u64, 1) } else { go(cpu, u64::from(o.aux), 0) }
     }
 }
 
@@ -127,11 +123,7 @@ pub unsafe fn loop_cx(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 
 /// A near target must be canonical (64-bit) or within the code segment (legacy).
 pub fn check_target(cpu: &mut Cpu, target: u64) -> Run {
-    let bad = if cpu.code64() {
-        !canonical(target)
-    } else {
-        cpu.protected() && target > u64::from(cpu.seg[1].limit)
-    };
+    let bad = if cpu.code64() { !canonical(target) } else { cpu.protected() && target > u64::from(cpu.seg[1].limit) };
     if bad { cpu.raise(Fault::gp(0)) } else { Ok(()) }
 }
 

@@ -239,6 +239,14 @@ impl Cpu {
 
 /// The three ways in which an operand reaches a handler, for tables of handlers by operand size.
 macro_rules! by_size {
+    ($bytes:expr, $($path:ident)::+) => {
+        match $bytes {
+            1 => $($path)::+::<u8>,
+            2 => $($path)::+::<u16>,
+            4 => $($path)::+::<u32>,
+            _ => $($path)::+::<u64>,
+        }
+    };
     ($bytes:expr, $($path:ident)::+ < $($g:ty),* >) => {
         match $bytes {
             1 => $($path)::+::<$($g,)* u8>,

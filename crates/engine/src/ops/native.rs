@@ -209,8 +209,7 @@ impl Cpu {
                 return self.gp(0);
             }
         }
-        let context =
-            Context { xcr0: self.xcr0, long_mode: self.code64(), real_mode: !self.protected() };
+        let context = Context { xcr0: self.xcr0, long_mode: self.code64(), real_mode: !self.protected() };
         // The instruction works on the registers while its memory accesses work on the rest of the CPU.
         let mut fpu = std::mem::take(&mut self.fpu);
         let mut regs = self.regs.clone();

@@ -306,4 +306,3 @@ fn enter_frame(cpu: &mut Cpu, n: usize, size: u64, level: u64) -> Run {
     }
     Ok(())
 }
-

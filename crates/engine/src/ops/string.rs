@@ -72,7 +72,11 @@ impl Cpu {
 /// and CMPS) and how many elements it did. Between batches the instruction can be interrupted: its registers
 /// say how far it came.
 #[inline(always)]
-unsafe fn repeat(cpu: &mut Cpu, op: *const Uop, mut element: impl FnMut(&mut Cpu, &Uop, u64) -> Run<(u64, bool)>) -> Ctl {
+unsafe fn repeat(
+    cpu: &mut Cpu,
+    op: *const Uop,
+    mut element: impl FnMut(&mut Cpu, &Uop, u64) -> Run<(u64, bool)>,
+) -> Ctl {
     unsafe {
         let o = &*op;
         if o.aux & (REP | REPNE) == 0 {

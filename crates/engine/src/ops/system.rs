@@ -162,7 +162,8 @@ impl Cpu {
     }
 
     pub fn write_cr0(&mut self, value: u64) -> Run {
-        let known = cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
+        let known =
+            cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
         let paging = value & cr0::PG != 0;
         if value >> 32 != 0 || (paging && value & cr0::PE == 0) || value & (cr0::NW | cr0::CD) == cr0::NW {
             return self.gp(0);
@@ -303,7 +304,13 @@ impl Cpu {
         }
         let must_be_canonical = matches!(
             index,
-            msr::LSTAR | msr::CSTAR | msr::FS_BASE | msr::GS_BASE | msr::KERNEL_GS_BASE | msr::SYSENTER_ESP | msr::SYSENTER_EIP
+            msr::LSTAR
+                | msr::CSTAR
+                | msr::FS_BASE
+                | msr::GS_BASE
+                | msr::KERNEL_GS_BASE
+                | msr::SYSENTER_ESP
+                | msr::SYSENTER_EIP
         );
         if must_be_canonical && !canonical(value) {
             return self.gp(0);
@@ -331,7 +338,8 @@ impl Cpu {
 
     fn write_efer(&mut self, value: u64) -> Run {
         let allowed = efer::SCE | efer::LME | efer::LMA | efer::NXE;
-        if value & !allowed & !self.efer_extra != 0 || ((value ^ self.efer) & efer::LME != 0 && self.cr0 & cr0::PG != 0) {
+        if value & !allowed & !self.efer_extra != 0 || ((value ^ self.efer) & efer::LME != 0 && self.cr0 & cr0::PG != 0)
+        {
             return self.gp(0);
         }
         let changed = value ^ self.efer;
@@ -667,7 +675,11 @@ fn read_cr(cpu: &mut Cpu, op: &Uop) -> Run<After> {
         8 => cpu.apic.cr8(),
         _ => return cpu.ud(),
     };
-    if cpu.code64() { cpu.set_reg(op.dst, value) } else { cpu.set_reg(op.dst, value as u32) }
+    if cpu.code64() {
+        cpu.set_reg(op.dst, value)
+    } else {
+        cpu.set_reg(op.dst, value as u32)
+    }
     Ok(After::Next)
 }
 
@@ -710,7 +722,11 @@ fn debug_index(cpu: &mut Cpu, number: u8) -> Run<usize> {
 fn read_dr(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     let index = debug_index(cpu, op.src)?;
     let value = cpu.debug[index];
-    if cpu.code64() { cpu.set_reg(op.dst, value) } else { cpu.set_reg(op.dst, value as u32) }
+    if cpu.code64() {
+        cpu.set_reg(op.dst, value)
+    } else {
+        cpu.set_reg(op.dst, value as u32)
+    }
     Ok(After::Next)
 }
 
@@ -749,7 +765,11 @@ fn read_base(cpu: &mut Cpu, op: &Uop) -> Run<After> {
         return cpu.ud();
     }
     let base = cpu.seg[op.src as usize].base;
-    if bytes(op) == 8 { cpu.set_reg(op.dst, base) } else { cpu.set_reg(op.dst, base as u32) }
+    if bytes(op) == 8 {
+        cpu.set_reg(op.dst, base)
+    } else {
+        cpu.set_reg(op.dst, base as u32)
+    }
     Ok(After::Next)
 }
 
@@ -806,7 +826,12 @@ fn set_zero_flag(cpu: &mut Cpu, set: bool) {
     cpu.regs.flags = cpu.regs.flags & !crate::int::ZF | if set { crate::int::ZF } else { 0 };
 }
 
-fn load_descriptor_field(cpu: &mut Cpu, op: &Uop, types: u16, field: impl Fn(crate::segment::Descriptor) -> u32) -> Run<After> {
+fn load_descriptor_field(
+    cpu: &mut Cpu,
+    op: &Uop,
+    types: u16,
+    field: impl Fn(crate::segment::Descriptor) -> u32,
+) -> Run<After> {
     check_protected(cpu)?;
     let selector = if in_memory(op) {
         let at = cpu.ea(op, 2, Access::Read)?;

@@ -57,41 +57,68 @@ fn load_register(bits: u32, register: u8, value: [u8; 8], high: bool, code: &mut
 /// Instructions that are seldom hit upon by chance, after what makes them do something.
 fn system(random: &mut Random, bits: u32, ram_bytes: u64, code: &mut Vec<u8>) {
     const MSRS: [u32; 30] = [
-        0x10, 0x1b, 0x3a, 0x3b, 0x11, 0x12, 0x8b, 0x174, 0x175, 0x176, 0x179, 0x17a, 0x1a0, 0x277, 0x2ff, 0x6e0, 0x802,
-        0x80b, 0x80f, 0x830, 0x832, 0x838, 0x83e, 0x83f, 0x4b56_4d00, 0x4b56_4d01, 0xc000_0080, 0xc000_0081, 0xc000_0082,
+        0x10,
+        0x1b,
+        0x3a,
+        0x3b,
+        0x11,
+        0x12,
+        0x8b,
+        0x174,
+        0x175,
+        0x176,
+        0x179,
+        0x17a,
+        0x1a0,
+        0x277,
+        0x2ff,
+        0x6e0,
+        0x802,
+        0x80b,
+        0x80f,
+        0x830,
+        0x832,
+        0x838,
+        0x83e,
+        0x83f,
+        0x4b56_4d00,
+        0x4b56_4d01,
+        0xc000_0080,
+        0xc000_0081,
+        0xc000_0082,
         0xc000_0102,
     ];
     const MORE: [&[u8]; 30] = [
-        &[0xf4],                   // hlt
-        &[0xfb],                   // sti
-        &[0xfa],                   // cli
-        &[0xcf],                   // iret
-        &[0x48, 0xcf],             // iretq
-        &[0x0f, 0x05],             // syscall
-        &[0x48, 0x0f, 0x07],       // sysretq
-        &[0x0f, 0x34],             // sysenter
-        &[0x0f, 0x35],             // sysexit
-        &[0xcb],                   // retf
-        &[0x9d],                   // popf
-        &[0x0f, 0x06],             // clts
-        &[0x0f, 0x01, 0xf8],       // swapgs
-        &[0x0f, 0x01, 0xcb],       // stac
-        &[0x0f, 0x01, 0xd1],       // xsetbv
-        &[0x0f, 0x01, 0xd0],       // xgetbv
-        &[0x0f, 0x00, 0xd8],       // ltr ax
-        &[0x0f, 0x00, 0xd0],       // lldt ax
-        &[0x8e, 0xd0],             // mov ss, ax
-        &[0x8e, 0xd8],             // mov ds, ax
-        &[0x0f, 0x01, 0x3e],       // invlpg [esi]
-        &[0x0f, 0x01, 0x1e],       // lidt [esi]
-        &[0x0f, 0x01, 0x16],       // lgdt [esi]
+        &[0xf4],                         // hlt
+        &[0xfb],                         // sti
+        &[0xfa],                         // cli
+        &[0xcf],                         // iret
+        &[0x48, 0xcf],                   // iretq
+        &[0x0f, 0x05],                   // syscall
+        &[0x48, 0x0f, 0x07],             // sysretq
+        &[0x0f, 0x34],                   // sysenter
+        &[0x0f, 0x35],                   // sysexit
+        &[0xcb],                         // retf
+        &[0x9d],                         // popf
+        &[0x0f, 0x06],                   // clts
+        &[0x0f, 0x01, 0xf8],             // swapgs
+        &[0x0f, 0x01, 0xcb],             // stac
+        &[0x0f, 0x01, 0xd1],             // xsetbv
+        &[0x0f, 0x01, 0xd0],             // xgetbv
+        &[0x0f, 0x00, 0xd8],             // ltr ax
+        &[0x0f, 0x00, 0xd0],             // lldt ax
+        &[0x8e, 0xd0],                   // mov ss, ax
+        &[0x8e, 0xd8],                   // mov ds, ax
+        &[0x0f, 0x01, 0x3e],             // invlpg [esi]
+        &[0x0f, 0x01, 0x1e],             // lidt [esi]
+        &[0x0f, 0x01, 0x16],             // lgdt [esi]
         &[0x66, 0x0f, 0x38, 0x82, 0x06], // invpcid eax, [esi]
-        &[0x0f, 0xae, 0x2e],       // xrstor [esi]
-        &[0x0f, 0xae, 0x0e],       // fxrstor [esi]
-        &[0x0f, 0xae, 0x26],       // xsave [esi]
-        &[0x0f, 0xae, 0x16],       // ldmxcsr [esi]
-        &[0xdd, 0x26],             // frstor [esi]
-        &[0xd9, 0x2e],             // fldcw [esi]
+        &[0x0f, 0xae, 0x2e],             // xrstor [esi]
+        &[0x0f, 0xae, 0x0e],             // fxrstor [esi]
+        &[0x0f, 0xae, 0x26],             // xsave [esi]
+        &[0x0f, 0xae, 0x16],             // ldmxcsr [esi]
+        &[0xdd, 0x26],                   // frstor [esi]
+        &[0xd9, 0x2e],                   // fldcw [esi]
     ];
     if random.chance(50) {
         load_register(bits, 6, (random.integer(ram_bytes) & !63).to_le_bytes(), false, code);

@@ -114,7 +114,8 @@ fn write_descriptors(random: &mut Random, memory: &GuestMemory, mode: Mode, entr
     let gate = u64::from(entries[0] as u16) | 8 << 16 | 0xec00 << 32;
     let mut gdt = vec![0, code, 0x00cf_9300_0000_ffff, tss, 0, user_code, 0x00cf_f300_0000_ffff, gate, 0];
     for _ in 0..32 {
-        let descriptor = random.next() & random.next() | random.pick(&[0u64, 0x9300 << 32, 0x8b00 << 32, 0xe500 << 32, 0x8500 << 32]);
+        let descriptor = random.next() & random.next()
+            | random.pick(&[0u64, 0x9300 << 32, 0x8b00 << 32, 0xe500 << 32, 0x8500 << 32]);
         gdt.push(descriptor);
     }
     put(memory, GDT, &gdt.iter().flat_map(|d| d.to_le_bytes()).collect::<Vec<_>>());
@@ -178,7 +179,8 @@ fn state(random: &mut Random, memory: &GuestMemory, mode: Mode, entries: &[u64])
     } else {
         state.cr4 &= !0x2_0000;
     }
-    let data = if mode == Mode::Real { Segment { limit: 0xffff, rights: 0x93, ..Segment::DATA } } else { Segment::DATA };
+    let data =
+        if mode == Mode::Real { Segment { limit: 0xffff, rights: 0x93, ..Segment::DATA } } else { Segment::DATA };
     state.segments = [Segment { selector: 0x10, ..data }; 6];
     state.segments[1] = Segment { selector: 8, ..code };
     if mode == Mode::Real {

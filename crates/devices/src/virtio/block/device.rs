@@ -6,7 +6,9 @@ use std::sync::{
 use vireo_block::Disk;
 
 use super::{
-    request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_SEGMENT_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES},
+    request::{
+        ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_SEGMENT_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES,
+    },
     saved::SavedBlock,
     worker::BlockQueue,
 };
