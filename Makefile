@@ -31,7 +31,7 @@ bench: build bench-packages
 
 # All tests with whole Debian machines: a quarter of an hour.
 e2e: test-packages
-	E2E= scripts/test
+	E2E=all scripts/test
 
 fuzz: test-packages
 	scripts/fuzz
