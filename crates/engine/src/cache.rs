@@ -6,7 +6,10 @@ use std::{
     ptr,
 };
 
-use crate::uop::Uop;
+use crate::{
+    translate::{PROMOTE, code::CodeBuffer},
+    uop::Uop,
+};
 
 /// The longest block, in instructions.
 pub const MAX_BLOCK: usize = 48;
@@ -15,7 +18,15 @@ const CAPACITY: usize = 600_000;
 const CAPACITY_OF_ONE: usize = 150_000;
 
 /// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
+#[repr(C)]
 pub struct Block {
+    /// Where translated code goes to run this block: its translation, or the way to the interpreter.
+    pub code: *const u8,
+    /// Offset of its translation in the code buffer, 0 if there is none, and of the way out of it.
+    pub entry: u32,
+    pub dead: u32,
+    /// Runs in the interpreter that are left until it is translated.
+    pub runs_left: u32,
     pub ops: *const Uop,
     /// Instructions.
     pub count: u32,
@@ -67,6 +78,10 @@ pub struct BlockCache {
     block_count: usize,
     by_address: Map<*mut Block>,
     by_page: Map<Vec<*mut Block>>,
+    /// How often the code of a page was dropped.
+    changes: Map<u32>,
+    pub code: CodeBuffer,
+    pub promote: u32,
     pub decoded: u64,
     pub invalidated: u64,
     pub clears: u64,
@@ -80,19 +95,22 @@ fn key(gpa: u64, mode: u8) -> u64 {
 
 impl BlockCache {
     /// For one vCPU of `count`. Memory is only touched as it fills.
-    pub fn new(count: u32) -> Self {
+    pub fn new(count: u32) -> std::io::Result<Self> {
         let capacity = (CAPACITY / count.max(1) as usize).max(CAPACITY_OF_ONE);
-        Self {
+        Ok(Self {
             ops: Box::new_uninit_slice(capacity),
             used: 0,
             blocks: Vec::new(),
             block_count: 0,
             by_address: Map::default(),
             by_page: Map::default(),
+            changes: Map::default(),
+            code: CodeBuffer::new(count)?,
+            promote: PROMOTE,
             decoded: 0,
             invalidated: 0,
             clears: 0,
-        }
+        })
     }
 
     pub fn find(&self, gpa: u64, mode: u8) -> *const Block {
@@ -115,6 +133,7 @@ impl BlockCache {
         self.block_count = 0;
         self.by_address.clear();
         self.by_page.clear();
+        self.code.clear();
         self.clears += 1;
     }
 
@@ -133,7 +152,13 @@ impl BlockCache {
         if slab == self.blocks.len() {
             self.blocks.push(Box::new_uninit_slice(SLAB));
         }
+        // Where code changes again and again, translating it is wasted more and more often.
+        let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c / 4).min(10));
         let block = self.blocks[slab][self.block_count % SLAB].write(Block {
+            code: self.code.thunks.leave_block as *const u8,
+            entry: 0,
+            dead: 0,
+            runs_left: self.promote.saturating_mul(1 << changes),
             ops,
             count,
             abortable,
@@ -156,6 +181,7 @@ impl BlockCache {
     /// Ends all blocks of the page: whoever still runs or links to one comes to `abort` at its next instruction.
     pub fn invalidate_page(&mut self, gpa: u64, abort: crate::uop::Handler) {
         let Some(blocks) = self.by_page.remove(&(gpa >> 12)) else { return };
+        *self.changes.entry(gpa >> 12).or_default() += 1;
         for block in blocks {
             // SAFETY: blocks and their ops live in slabs that are only reused after `clear`, which empties
             // `by_page`; nobody else is changing them, as a cache belongs to one vCPU's thread.
@@ -165,6 +191,11 @@ impl BlockCache {
                 }
                 (*block).valid = false;
                 self.by_address.remove(&key((*block).gpa, (*block).mode));
+                if (*block).entry != 0 {
+                    self.code.cut((*block).entry as usize, (*block).dead as usize);
+                    (*block).entry = 0;
+                    (*block).code = self.code.thunks.leave_block as *const u8;
+                }
                 let ops = (*block).ops.cast_mut();
                 // A separate end of the block stays as it is: it only says where to go on.
                 for i in 0..(*block).abortable as usize {

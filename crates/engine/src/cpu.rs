@@ -16,6 +16,7 @@ use crate::{
     regs::{Regs, pack, unpack},
     signal::VcpuSignal,
     tlb::{CodeSet, DataSet, Tlb},
+    translate::{self, block::Translator},
     uop::{Handler, Uop},
 };
 
@@ -130,6 +131,7 @@ pub struct Msrs {
 }
 
 /// Slow-path events, for `--metrics`.
+#[repr(C)]
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
     pub instructions: u64,
@@ -143,6 +145,7 @@ pub struct Counters {
     pub halts: u64,
     pub cr3_loads: u64,
     pub code_writes: u64,
+    pub translated: translate::Counters,
 }
 
 #[repr(C)]
@@ -156,6 +159,7 @@ pub struct Cpu {
     /// Where blocks of the current privilege start.
     pub code: *const CodeSet,
     pub block: *const Block,
+    pub translated: translate::State,
     /// The block that follows if its link is known, else null.
     pub next: *const Block,
     /// The link to fill when the next block is looked up, or null.
@@ -214,6 +218,8 @@ pub struct Cpu {
     /// What uops with native handlers point at.
     pub kept_stubs: HashMap<usize, Box<Stub>>,
     pub kept_specials: Vec<Box<Special>>,
+    /// Taken out while it works; `None` also where there is no translator.
+    pub translator: Option<Box<Translator>>,
     /// Kept between decodings for its allocation.
     pub scratch_ops: Vec<Uop>,
     pub plain_msrs: MsrFile,

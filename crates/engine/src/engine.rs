@@ -21,6 +21,7 @@ use crate::{
     regs::Regs,
     signal::{VcpuSignal, request},
     tlb::Tlb,
+    translate::{self, block::Translator},
 };
 
 /// vCPUs that the software engine runs at most.
@@ -32,14 +33,20 @@ pub struct SoftEngine {
     clock: Arc<Clock>,
     apics: Arc<ApicBus>,
     shared: Arc<Shared>,
+    promote: u32,
 }
 
 impl SoftEngine {
     pub fn new(memory: &GuestMemory) -> Result<Arc<Self>, CpuError> {
+        Self::promoting(memory, translate::PROMOTE)
+    }
+
+    /// An engine that translates blocks after they ran `promote` times; with 0 it interprets everything.
+    pub fn promoting(memory: &GuestMemory, promote: u32) -> Result<Arc<Self>, CpuError> {
         let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::default());
         memory.set_watch(Arc::new(DeviceWrites { memory: memory.downgrade(), shared: shared.clone() }));
-        Ok(Arc::new(Self { memory: memory.clone(), clock: Clock::new(), apics, shared }))
+        Ok(Arc::new(Self { memory: memory.clone(), clock: Clock::new(), apics, shared, promote }))
     }
 
     /// When the first instruction with user privilege ran, on any vCPU.
@@ -64,7 +71,8 @@ impl Engine for SoftEngine {
         self.shared.join(config.id, signal.clone(), mail.clone());
         let mut table = config.cpuid.clone();
         cpuid::set_topology(&mut table, config.id, config.count);
-        let stubs = StubCache::new(FeatureSet::from_cpuid(&table))
+        let features = FeatureSet::from_cpuid(&table);
+        let stubs = StubCache::new(features)
             .map_err(|source| CpuError::Host { what: "mapping memory for native stubs", source })?;
         let bus: *const dyn Bus = &raw const NO_BUS;
         let mut cpu = Box::new(Cpu {
@@ -74,6 +82,7 @@ impl Engine for SoftEngine {
             system_data: ptr::null_mut(),
             code: ptr::null(),
             block: ptr::null(),
+            translated: translate::State::default(),
             next: ptr::null(),
             link: ptr::null_mut(),
             ip_mask: 0,
@@ -110,12 +119,14 @@ impl Engine for SoftEngine {
             tlb: Tlb::default(),
             inspect: false,
             breakpoint_hits: 0,
-            cache: BlockCache::new(config.count),
+            cache: BlockCache::new(config.count)
+                .map_err(|source| CpuError::Host { what: "mapping memory for translated code", source })?,
             fpu: Fpu::default(),
             stubs,
             stubs_full: false,
             kept_stubs: Default::default(),
             kept_specials: Vec::new(),
+            translator: cfg!(target_arch = "x86_64").then(|| Box::new(Translator::new(features))),
             scratch_ops: Vec::new(),
             plain_msrs: MsrFile::default(),
             efer_extra: efer_extra(&table),
@@ -128,6 +139,9 @@ impl Engine for SoftEngine {
             bus,
             counters: Counters::default(),
         });
+        cpu.cache.promote = self.promote;
+        cpu.translated.cpu = &raw const *cpu as u64;
+        cpu.translated.requests = cpu.signal.word();
         cpu.restore(&CpuState::reset())?;
         cpu.wait_for_sipi = config.id != 0;
         Ok(Box::new(SoftVcpu { cpu: RefCell::new(cpu) }))
@@ -194,8 +208,17 @@ impl Vcpu for SoftVcpu {
     fn stats(&self) -> RunStats {
         let cpu = self.cpu.borrow();
         let c = &cpu.counters;
+        let t = &c.translated;
         let exits = BTreeMap::from([
             ("blocks", c.blocks),
+            ("translated_blocks", t.blocks),
+            ("translated_instructions", t.instructions),
+            ("translated_entries", t.entries),
+            ("translated_links", t.links),
+            ("translated_bytes", cpu.cache.code.used() as u64),
+            ("translated_slow_accesses", t.slow_accesses),
+            ("translated_interpreted", t.interpreted),
+            ("translation_microseconds", t.nanoseconds / 1000),
             ("decoded_instructions", cpu.cache.decoded),
             ("code_cache_clears", cpu.cache.clears),
             ("invalidated_blocks", cpu.cache.invalidated),

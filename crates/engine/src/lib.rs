@@ -31,6 +31,7 @@ pub mod signal;
 mod state;
 mod task;
 mod tlb;
+mod translate;
 mod uop;
 
 pub use engine::{SoftEngine, SoftVcpu};

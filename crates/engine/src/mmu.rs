@@ -77,9 +77,9 @@ impl Cpu {
     pub fn load<T: Int>(&mut self, linear: u64) -> Run<T> {
         // SAFETY: `data` points at a set of our own TLB.
         let entry = unsafe { (*self.data).read.get_unchecked(index(linear)) };
-        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+        if let Some(host) = entry.find(linear, T::BYTES as u64) {
             // SAFETY: a TLB entry leads to a page of guest RAM, and first and last byte are in it.
-            return Ok(unsafe { ptr::read_unaligned(linear.wrapping_add(entry.addend) as *const T) });
+            return Ok(unsafe { ptr::read_unaligned(host as *const T) });
         }
         self.load_slow(linear, false)
     }
@@ -88,9 +88,9 @@ impl Cpu {
     pub fn store<T: Int>(&mut self, linear: u64, value: T) -> Run {
         // SAFETY: as in `load`.
         let entry = unsafe { (*self.data).write.get_unchecked(index(linear)) };
-        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+        if let Some(host) = entry.find(linear, T::BYTES as u64) {
             // SAFETY: as in `load`.
-            unsafe { ptr::write_unaligned(linear.wrapping_add(entry.addend) as *mut T, value) };
+            unsafe { ptr::write_unaligned(host as *mut T, value) };
             return Ok(());
         }
         self.store_slow(linear, value, false)
@@ -101,9 +101,9 @@ impl Cpu {
     pub fn load_system<T: Int>(&mut self, linear: u64) -> Run<T> {
         // SAFETY: as in `load`.
         let entry = unsafe { (*self.system_data).read.get_unchecked(index(linear)) };
-        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+        if let Some(host) = entry.find(linear, T::BYTES as u64) {
             // SAFETY: as in `load`.
-            return Ok(unsafe { ptr::read_unaligned(linear.wrapping_add(entry.addend) as *const T) });
+            return Ok(unsafe { ptr::read_unaligned(host as *const T) });
         }
         self.load_slow(linear, true)
     }
@@ -112,9 +112,9 @@ impl Cpu {
     pub fn store_system<T: Int>(&mut self, linear: u64, value: T) -> Run {
         // SAFETY: as in `load`.
         let entry = unsafe { (*self.system_data).write.get_unchecked(index(linear)) };
-        if linear.wrapping_add(T::BYTES as u64 - 1) & !PAGE_MASK == entry.tag {
+        if let Some(host) = entry.find(linear, T::BYTES as u64) {
             // SAFETY: as in `load`.
-            unsafe { ptr::write_unaligned(linear.wrapping_add(entry.addend) as *mut T, value) };
+            unsafe { ptr::write_unaligned(host as *mut T, value) };
             return Ok(());
         }
         self.store_slow(linear, value, true)
@@ -238,8 +238,8 @@ impl Cpu {
         // SAFETY: as in `load`.
         let set = unsafe { &(*self.data) };
         let entry = if write { &set.write[index(linear)] } else { &set.read[index(linear)] };
-        if linear.wrapping_add(len - 1) & !PAGE_MASK == entry.tag {
-            return Ok(Some(linear.wrapping_add(entry.addend) as *mut u8));
+        if let Some(host) = entry.find(linear, len) {
+            return Ok(Some(host as *mut u8));
         }
         self.direct_slow(linear, len, write)
     }

@@ -13,6 +13,7 @@ use crate::{
     regs::slot,
     signal::request,
     tlb::PAGE_MASK,
+    translate::{self, Left},
     uop::Ctl,
 };
 
@@ -20,6 +21,7 @@ impl Cpu {
     /// Runs until a kick or a crash.
     pub fn run_loop(&mut self) -> Exit {
         self.forget_next();
+        translate::point_gs(self.translated.cpu);
         loop {
             if self.is_called() || self.halted || self.wait_for_sipi {
                 if let Some(exit) = self.attend() {
@@ -87,12 +89,21 @@ impl Cpu {
             self.transferred = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
-            // SAFETY: as above; a block's ops are handlers made for it.
-            let ctl = unsafe {
-                self.counters.instructions += u64::from((*block).count);
-                self.counters.blocks += 1;
-                let first = (*block).ops;
-                ((*first).handler)(self, first)
+            if self.translated.left == Left::Link {
+                self.link_translation(block);
+            }
+            let ctl = if !single && !self.translated.interpret && self.is_translated(block) {
+                // SAFETY: a translation of a block that is alive.
+                unsafe { self.run_translation(block) }
+            } else {
+                self.translated.interpret = false;
+                // SAFETY: as above; a block's ops are handlers made for it.
+                unsafe {
+                    self.counters.instructions += u64::from((*block).count);
+                    self.counters.blocks += 1;
+                    let first = (*block).ops;
+                    ((*first).handler)(self, first)
+                }
             };
             if !self.suspended.is_empty() {
                 self.resume_block();
@@ -131,6 +142,66 @@ impl Cpu {
             if self.is_called() {
                 return Ctl::Next;
             }
+        }
+    }
+
+    /// Whether there is a translation of this block; makes one when the time has come.
+    #[inline(always)]
+    fn is_translated(&mut self, block: *const Block) -> bool {
+        // SAFETY: the block is alive, and this is the thread that owns the cache.
+        let block = unsafe { &mut *block.cast_mut() };
+        if block.entry != 0 {
+            return true;
+        }
+        block.runs_left = block.runs_left.wrapping_sub(1);
+        block.runs_left == 0 && self.translate_block(block)
+    }
+
+    /// Runs translated code until it leaves.
+    ///
+    /// # Safety
+    /// The block is alive, translated, and where `rip` is.
+    unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
+        self.counters.translated.entries += 1;
+        self.translated.page = self.rip & !PAGE_MASK;
+        let enter = self.cache.code.thunks.enter;
+        // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
+        unsafe { translate::enter(enter, self, (*block).code) };
+        self.translated.clears = self.cache.clears;
+        // Whoever comes next must not take this block for the one that a link leads from.
+        self.block = ptr::null();
+        self.link = ptr::null_mut();
+        match self.translated.left {
+            Left::Next | Left::Link => self.next = ptr::null(),
+            Left::Block => {
+                // SAFETY: the block that translated code came to is alive.
+                let next = unsafe { &*self.next };
+                self.rip = self.translated.page | next.gpa & PAGE_MASK;
+                if next.mode != self.mode {
+                    self.next = ptr::null();
+                }
+            }
+            Left::Interpret => {
+                self.next = ptr::null();
+                self.translated.interpret = true;
+            }
+            Left::Handler => {
+                self.next = ptr::null();
+                return self.translated.ctl;
+            }
+        }
+        Ctl::Next
+    }
+
+    /// Translated code left by a jump that may lead to this block's translation from now on.
+    fn link_translation(&mut self, block: *const Block) {
+        self.translated.left = Left::Next;
+        // SAFETY: the block is alive.
+        let (entry, page) = unsafe { ((*block).entry, (*block).gpa & !PAGE_MASK) };
+        // A page may have been mapped elsewhere since the jump was taken.
+        if entry != 0 && page == self.translated.target && self.translated.clears == self.cache.clears {
+            self.counters.translated.links += 1;
+            self.cache.code.patch(self.translated.site as usize, entry as usize);
         }
     }
 
@@ -248,6 +319,7 @@ impl Cpu {
     pub fn forget_next(&mut self) {
         self.next = ptr::null();
         self.link = ptr::null_mut();
+        self.translated.left = Left::Next;
     }
 
     /// Works off pending requests, and sleeps while halted.
@@ -310,7 +382,8 @@ impl Cpu {
     /// Makes the running block end behind the current instruction, so that an interrupt which that instruction
     /// brought about is taken there: every op of the block leads out of it until [`Self::resume_block`].
     pub fn leave_soon(&mut self) {
-        if self.block.is_null() || !self.suspended.is_empty() || self.signal.pending() == 0 {
+        let alone = self.translated.alone.is_some();
+        if self.block.is_null() || alone || !self.suspended.is_empty() || self.signal.pending() == 0 {
             return;
         }
         // SAFETY: the running block is alive and belongs to our own cache.

@@ -47,6 +47,11 @@ impl VcpuSignal {
         self.requests.fetch_or(bits, Ordering::SeqCst);
     }
 
+    /// Where translated code looks for requests.
+    pub fn word(&self) -> *const AtomicU32 {
+        &raw const self.requests
+    }
+
     /// One relaxed load: what the run loop looks at between blocks.
     #[inline(always)]
     pub fn pending(&self) -> u32 {

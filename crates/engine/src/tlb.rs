@@ -8,18 +8,45 @@ pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 1024;
 const CODE_ENTRIES: usize = 256;
 const JUMP_ENTRIES: usize = 4096;
-/// Never the page of an access: the low bits of a tag are compared as zeroes.
+/// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
+/// No canonical address, and so never the target of a jump.
+const NO_JUMP: Jump = Jump { rip: 1 << 63 | 1, block: std::ptr::null() };
 /// Address spaces (PCIDs) that are kept at a time.
 pub const SPACES: usize = 6;
 
-/// `host address = linear address + addend` for every byte of the page in `tag`.
+/// Where the page at linear address `tag` is on the host.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Entry {
     pub tag: u64,
-    pub addend: u64,
+    pub host: u64,
 }
+
+impl Entry {
+    /// An entry that no access matches: the tag is of a page that another entry stands for, and not of the page
+    /// before or after, which an access may reach into.
+    const fn invalid(index: usize) -> Self {
+        Self { tag: ((index ^ (ENTRIES / 2)) as u64) << 12, host: 0 }
+    }
+
+    /// The host address of `bytes` bytes at a linear address, if they are in this entry's page.
+    #[inline(always)]
+    pub fn find(&self, linear: u64, bytes: u64) -> Option<u64> {
+        let offset = linear ^ self.tag;
+        (offset <= 0x1000 - bytes).then(|| self.host.wrapping_add(offset))
+    }
+}
+
+static NO_ENTRIES: [Entry; ENTRIES] = {
+    let mut entries = [Entry::invalid(0); ENTRIES];
+    let mut i = 0;
+    while i < ENTRIES {
+        entries[i] = Entry::invalid(i);
+        i += 1;
+    }
+    entries
+};
 
 /// Translations for data accesses of one privilege in one address space.
 #[repr(C)]
@@ -46,7 +73,7 @@ fn region_bit(linear: u64, shift: u32) -> (usize, u64) {
 impl DataSet {
     fn flush(&mut self) {
         for table in [&mut self.read, &mut self.write] {
-            table.fill(Entry { tag: INVALID, addend: 0 });
+            table.copy_from_slice(&NO_ENTRIES);
         }
         self.large_2m.fill(0);
         self.large_1g.fill(0);
@@ -54,7 +81,7 @@ impl DataSet {
 
     pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, page_shift: u32) {
         let page = linear & !PAGE_MASK;
-        let entry = Entry { tag: page, addend: (host as u64).wrapping_sub(page) };
+        let entry = Entry { tag: page, host: host as u64 };
         let table = if write { &mut self.write } else { &mut self.read };
         table[index(linear)] = entry;
         if page_shift > 12 {
@@ -76,7 +103,7 @@ impl DataSet {
         for table in [&mut self.read, &mut self.write] {
             let entry = &mut table[index(linear)];
             if entry.tag == page {
-                entry.tag = INVALID;
+                *entry = Entry::invalid(index(linear));
             }
         }
     }
@@ -84,9 +111,9 @@ impl DataSet {
     /// Drops the write entries that lead to this host page; whether there were any.
     fn forbid_writes(&mut self, host: *mut u8) -> bool {
         let mut any = false;
-        for entry in &mut self.write {
-            if entry.tag.wrapping_add(entry.addend) == host as u64 {
-                entry.tag = INVALID;
+        for (i, entry) in self.write.iter_mut().enumerate() {
+            if entry.host == host as u64 {
+                *entry = Entry::invalid(i);
                 any = true;
             }
         }
@@ -100,25 +127,27 @@ struct CodeEntry {
     gpa: u64,
 }
 
+/// A block that starts at a linear address.
+#[repr(C)]
 #[derive(Clone, Copy)]
-struct Jump {
-    rip: u64,
-    block: *const Block,
+pub struct Jump {
+    pub rip: u64,
+    pub block: *const Block,
 }
 
 /// Translations for instruction fetches, and the blocks that start at recent addresses.
+#[repr(C)]
 pub struct CodeSet {
+    pub jumps: [Jump; JUMP_ENTRIES],
     pages: [CodeEntry; CODE_ENTRIES],
-    jumps: [Jump; JUMP_ENTRIES],
     large: bool,
 }
 
-/// A page's entries form a group of 64, so that a page can be dropped without a full flush.
+/// A page's entries form a group of 64, so that a page can be dropped without a full flush. Translated code computes
+/// the same (`translate::jumps`).
 #[inline(always)]
 const fn jump_index(linear: u64) -> usize {
-    let page = (linear >> 12) ^ (linear >> 18);
-    let offset = linear ^ (linear >> 6);
-    (((page & 0x3f) << 6) | (offset & 0x3f)) as usize
+    (((linear ^ (linear & 0x3f) << 6) >> 6) & (JUMP_ENTRIES as u64 - 1)) as usize
 }
 
 impl CodeSet {
@@ -129,7 +158,7 @@ impl CodeSet {
     }
 
     pub fn flush_jumps(&mut self) {
-        self.jumps.fill(Jump { rip: INVALID, block: std::ptr::null() });
+        self.jumps.fill(NO_JUMP);
     }
 
     fn flush_page(&mut self, linear: u64) {
@@ -142,7 +171,7 @@ impl CodeSet {
             entry.tag = INVALID;
         }
         let group = jump_index(page) & !0x3f;
-        self.jumps[group..group + 64].fill(Jump { rip: INVALID, block: std::ptr::null() });
+        self.jumps[group..group + 64].fill(NO_JUMP);
     }
 
     #[inline(always)]
@@ -160,7 +189,6 @@ impl CodeSet {
     #[inline(always)]
     pub fn jump(&self, linear: u64) -> *const Block {
         let jump = &self.jumps[jump_index(linear)];
-        // An odd linear address may equal INVALID only at address 1, whose block pointer is null then anyway.
         if jump.rip == linear { jump.block } else { std::ptr::null() }
     }
 

@@ -1,16 +1,21 @@
-//! Executable memory for stubs: one memfd, mapped twice, so that no page is ever writable and executable.
+//! Executable memory: one memfd, mapped twice, so that no page is ever writable and executable.
 
 use std::{io, ptr::NonNull};
 
 use super::guard::Registration;
 
-/// An append-only code buffer. The writable and the executable view are different mappings of the same pages, each
-/// between inaccessible guard pages.
-pub(super) struct Arena {
+/// The writable and the executable view are different mappings of the same pages, each between inaccessible guard
+/// pages.
+pub(crate) struct DualMapping {
     writable: View,
+    executable: View,
+}
+
+/// An append-only code buffer.
+pub(super) struct Arena {
     // Dropped before the view that it names.
     _registration: Registration,
-    executable: View,
+    memory: DualMapping,
     used: usize,
 }
 
@@ -24,12 +29,12 @@ const GUARD: usize = 4096;
 /// Entry points start on their own half cache line.
 pub(super) const ALIGN: usize = 32;
 
-// SAFETY: the mappings belong to the arena alone and are not tied to a thread.
-unsafe impl Send for Arena {}
+// SAFETY: the mappings belong to their owner alone and are not tied to a thread.
+unsafe impl Send for DualMapping {}
 
-impl Arena {
+impl DualMapping {
     /// Reserves `bytes` (a multiple of the page size). Pages cost memory only once they are written.
-    pub(super) fn new(bytes: usize) -> io::Result<Self> {
+    pub(crate) fn new(bytes: usize) -> io::Result<Self> {
         let fd = memfd()?;
         // SAFETY: `fd` is a memfd that was just created and is owned here.
         let sized = unsafe { libc::ftruncate(fd, bytes as libc::off_t) };
@@ -42,41 +47,60 @@ impl Arena {
         // SAFETY: `fd` is owned here and not used again; mappings outlive it.
         unsafe { libc::close(fd) };
         let (writable, executable) = views?;
-        let registration = Registration::new(executable.start() as usize, bytes)?;
-        let mut arena = Self { writable, _registration: registration, executable, used: 0 };
+        Ok(Self { writable, executable })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.writable.bytes
+    }
+
+    pub(crate) fn writable(&self) -> *mut u8 {
+        self.writable.start()
+    }
+
+    pub(crate) fn executable(&self) -> *const u8 {
+        self.executable.start()
+    }
+}
+
+impl Arena {
+    pub(super) fn new(bytes: usize) -> io::Result<Self> {
+        let memory = DualMapping::new(bytes)?;
+        let registration = Registration::new(memory.executable() as usize, bytes)?;
+        let mut arena = Self { _registration: registration, memory, used: 0 };
         arena.clear();
         Ok(arena)
     }
 
     /// Bytes at the start that say where functions begin, a bit for every [`ALIGN`] bytes: see `guard`.
     fn map_bytes(&self) -> usize {
-        (self.writable.bytes / ALIGN / 8).next_multiple_of(ALIGN)
+        (self.memory.bytes() / ALIGN / 8).next_multiple_of(ALIGN)
     }
 
     /// Copies `code` in and returns where it can be called, or `None` when it does not fit any more.
     pub(super) fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
         let at = self.used;
         let end = at.checked_add(code.len())?;
-        if end > self.writable.bytes {
+        if end > self.memory.bytes() {
             return None;
         }
         let unit = at / ALIGN;
         // SAFETY: `at..end` lies inside the writable view, and so does the bitmap; nothing else has a reference
         // into it.
         unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.start().add(at), code.len());
-            *self.writable.start().add(unit / 8) |= 1 << (unit % 8);
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.memory.writable().add(at), code.len());
+            *self.memory.writable().add(unit / 8) |= 1 << (unit % 8);
         }
-        self.used = end.next_multiple_of(ALIGN).min(self.writable.bytes);
+        self.used = end.next_multiple_of(ALIGN).min(self.memory.bytes());
         // SAFETY: the executable view is as large as the writable one.
-        NonNull::new(unsafe { self.executable.start().add(at) })
+        NonNull::new(unsafe { self.memory.executable().add(at).cast_mut() })
     }
 
     /// Forgets all code. Nothing that [`Self::push`] returned may be called any more.
     pub(super) fn clear(&mut self) {
         self.used = self.map_bytes();
         // SAFETY: the bitmap is the start of the view.
-        unsafe { std::ptr::write_bytes(self.writable.start(), 0, self.used) };
+        unsafe { std::ptr::write_bytes(self.memory.writable(), 0, self.used) };
     }
 
     pub(super) fn used_bytes(&self) -> usize {
@@ -127,7 +151,7 @@ impl Drop for View {
 /// ones refuse the flag.
 fn memfd() -> io::Result<libc::c_int> {
     const MFD_EXEC: libc::c_uint = 0x10;
-    let name = c"vireo-stubs";
+    let name = c"vireo-code";
     for flags in [libc::MFD_CLOEXEC | MFD_EXEC, libc::MFD_CLOEXEC] {
         // SAFETY: the name is a valid C string and the call touches no other memory.
         let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };

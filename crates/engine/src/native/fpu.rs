@@ -166,6 +166,19 @@ impl Fpu {
         guard::take().map_or(Ok(()), Err)
     }
 
+    /// Puts the guest's MXCSR into the host's register, unless it unmasks exceptions.
+    pub(crate) fn enter_mxcsr(&mut self, regs: &mut Regs) -> bool {
+        if self.live & uses::MXCSR != 0 {
+            return true;
+        }
+        if regs.mxcsr & MXCSR_MASKS != MXCSR_MASKS {
+            return false;
+        }
+        host::set_mxcsr(regs.mxcsr);
+        self.live |= uses::MXCSR;
+        true
+    }
+
     /// Takes the guest's state out of the host's registers: x87 into this, MXCSR into `regs`. To be called before
     /// anything that may use floating point, before `regs.mxcsr` or the x87 state is looked at, and before the
     /// vCPU's thread leaves the run loop. Costs nothing when nothing is there.

@@ -32,6 +32,7 @@ mod image;
 mod special;
 mod stub;
 
+pub(crate) use arena::DualMapping;
 pub use bcd::Bcd;
 pub use classify::FeatureClass;
 pub use divide::divide;

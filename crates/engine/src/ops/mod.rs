@@ -58,7 +58,7 @@ unsafe fn leave_at(cpu: &mut Cpu, op: *const Uop) {
     // SAFETY: `op` lies in the current block's ops.
     unsafe {
         let block = &*cpu.block;
-        let index = op.offset_from(block.ops) as u64;
+        let index = cpu.translated.alone.unwrap_or_else(|| op.offset_from(block.ops) as usize) as u64;
         cpu.counters.instructions -= u64::from(block.count).saturating_sub(index);
         cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from((*op).off)) & cpu.ip_mask;
     }

@@ -1,0 +1,842 @@
+//! From a decoded block to host code.
+
+use iced_x86::{Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+
+use super::{
+    HOST,
+    emit::{Emitter, Label, Mem, T0, T1, cc},
+    leave::Site,
+    operand::{self, Carried, Copyable, Touch},
+    thunks::{FLAGS, PAGE, Thunks, VECTORS, gpr, state},
+    vectors,
+};
+use crate::{
+    cache::Block,
+    cpu::{Cpu, mode},
+    native::{Access, FeatureClass, FeatureSet, Stub},
+    ops,
+    regs::slot,
+    tlb::{CodeSet, DataSet, ENTRIES, Jump, PAGE_MASK},
+    uop::{FLAT, Handler, Uop, address},
+};
+
+/// What is kept from one translation to the next.
+pub struct Translator {
+    emitter: Emitter,
+    info: InstructionInfoFactory,
+    encoder: Encoder,
+    outlines: Vec<Outline>,
+    pub features: FeatureSet,
+    bmi2: bool,
+}
+
+impl Translator {
+    pub fn new(features: FeatureSet) -> Self {
+        Self {
+            emitter: Emitter::default(),
+            info: InstructionInfoFactory::new(),
+            encoder: Encoder::new(64),
+            outlines: Vec::new(),
+            features,
+            bmi2: host_has_bmi2(),
+        }
+    }
+}
+
+fn host_has_bmi2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        std::is_x86_feature_detected!("bmi2")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Code that is rarely run, behind the block.
+enum Outline {
+    /// A memory access that missed.
+    Slow {
+        /// With `linear ^ tag` in T0 and the entry in T1; with the address in T0.
+        missed: Label,
+        again: Label,
+        done: Label,
+        site: u64,
+        table: i32,
+        flags: bool,
+    },
+    /// An instruction that ends the block, or is left to the interpreter after all.
+    Last { from: Label, site: u64 },
+    /// A jump that is not patched yet: its displacement's place.
+    Link { from: Label, to: i32, site: usize },
+    /// A request is pending.
+    Called { from: Label, to: i32 },
+    CalledTo { from: Label },
+    /// Vectors must be brought in first.
+    Vectors { from: Label, back: Label, at: i32, wanted: u32 },
+}
+
+/// Where the status flags are; at least one of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Flags {
+    memory: bool,
+    host: bool,
+}
+
+struct Work<'a> {
+    t: &'a mut Translator,
+    thunks: Thunks,
+    block: *const Block,
+    /// Offset of the block in its page.
+    start: i64,
+    /// Offset of this translation in the code buffer.
+    at: usize,
+    flags: Flags,
+    /// What the vectors' state is known to allow.
+    vectors: u32,
+}
+
+/// Whether the translation goes on behind an instruction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    On,
+    Ended,
+}
+
+fn is(op: &Uop, handler: Handler) -> bool {
+    std::ptr::fn_addr_eq(op.handler, handler)
+}
+
+const SEG_BASE: usize = std::mem::offset_of!(Cpu, seg_base);
+const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
+const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
+const READ_TABLE: i32 = std::mem::offset_of!(DataSet, read) as i32;
+const WRITE_TABLE: i32 = std::mem::offset_of!(DataSet, write) as i32;
+const JUMPS: i32 = std::mem::offset_of!(CodeSet, jumps) as i32;
+const BLOCK_CODE: i32 = std::mem::offset_of!(Block, code) as i32;
+
+impl Cpu {
+    /// Translates a block, if it is one that can be.
+    pub(crate) fn translate_block(&mut self, block: *mut Block) -> bool {
+        // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
+        let (gpa, count, shape, second) = unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
+        if shape != mode::CODE64 || second.is_some() || self.cache.code.is_full() {
+            return false;
+        }
+        let Some(page) = self.memory.host_page(gpa & !PAGE_MASK) else { return false };
+        let from = (gpa & PAGE_MASK) as usize;
+        let mut bytes = [0u8; 4096];
+        // SAFETY: one page of guest RAM.
+        unsafe { std::ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), 4096) };
+        let mut decoder = Decoder::with_ip(64, &bytes[from..], 0, DecoderOptions::NONE);
+        let instructions: Vec<Instruction> = (0..count).map(|_| decoder.decode()).collect();
+        // SAFETY: as above.
+        let ops = unsafe { std::slice::from_raw_parts((*block).ops, (*block).abortable as usize) };
+        // Another vCPU may have written here a moment ago: then this block is about to go anyway.
+        let same = ops.iter().zip(&instructions).all(|(op, insn)| {
+            u64::from(op.off) == insn.ip() && usize::from(op.len) == insn.len() && !insn.is_invalid()
+        });
+        if !same {
+            return false;
+        }
+        let started = std::time::Instant::now();
+        let Some(mut t) = self.translator.take() else { return false };
+        let thunks = self.cache.code.thunks;
+        t.emitter.start(self.cache.code.next_address());
+        t.outlines.clear();
+        let mut work = Work {
+            t: &mut t,
+            thunks,
+            block,
+            start: from as i64,
+            at: self.cache.code.next_offset(),
+            flags: Flags { memory: true, host: false },
+            vectors: 0,
+        };
+        work.block(ops, &instructions);
+        let dead = t.emitter.here();
+        t.emitter.constant(T0, from as u64);
+        t.emitter.jmp_address(thunks.leave_at);
+        t.emitter.resolve();
+        let pushed = self.cache.code.push(&t.emitter.code);
+        self.translator = Some(t);
+        let Some(at) = pushed else { return false };
+        // SAFETY: as above.
+        unsafe {
+            (*block).entry = at as u32;
+            (*block).dead = (at + dead) as u32;
+            (*block).code = self.cache.code.address(at);
+        }
+        let c = &mut self.counters.translated;
+        c.blocks += 1;
+        c.instructions += u64::from(count);
+        c.nanoseconds += started.elapsed().as_nanos() as u64;
+        true
+    }
+}
+
+impl Work<'_> {
+    fn e(&mut self) -> &mut Emitter {
+        &mut self.t.emitter
+    }
+
+    fn block(&mut self, ops: &[Uop], instructions: &[Instruction]) {
+        // At least five bytes that nothing leads into: see `CodeBuffer::cut`.
+        let counted = Mem::State(
+            std::mem::offset_of!(Cpu, counters) + std::mem::offset_of!(crate::cpu::Counters, instructions),
+        );
+        self.e().group1_mem(true, 0, counted, instructions.len() as i32);
+        let mut flow = Flow::On;
+        for (index, insn) in instructions.iter().enumerate() {
+            // A comparison and the jump behind it may be one op.
+            let fused = index >= ops.len();
+            let op = &ops[index.min(ops.len() - 1)];
+            let last = index + 1 == ops.len() && ops.len() < instructions.len();
+            flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
+            if flow == Flow::Ended {
+                break;
+            }
+        }
+        if flow == Flow::On {
+            let end = instructions.last().map_or(0, |i| i.next_ip() as i64);
+            self.pack();
+            self.go(self.start + end, self.start + end);
+        }
+        self.outlines();
+    }
+
+    /// One instruction. `compares`: its op does the jump behind it too. `jumps`: it is that jump.
+    fn instruction(&mut self, insn: &Instruction, op: &Uop, index: usize, compares: bool, jumps: bool) -> Flow {
+        if jumps || is_jcc(insn) {
+            return self.conditional_jump(insn, op, index);
+        }
+        if let Some(flow) = self.control(insn, op, index) {
+            return flow;
+        }
+        if self.special(insn, op, index) || self.copy(insn, op, index) {
+            return Flow::On;
+        }
+        let ends = compares || ends_block(insn, op);
+        self.leave_to_interpreter(index, ends)
+    }
+
+    fn leave_to_interpreter(&mut self, index: usize, ends: bool) -> Flow {
+        self.pack();
+        let site = self.site(index, 1, false);
+        self.e().constant(T1, site);
+        if ends {
+            let last = self.thunks.last;
+            self.e().jmp_address(last);
+            return Flow::Ended;
+        }
+        let interpret = self.thunks.interpret;
+        self.e().call_address(interpret);
+        self.flags = Flags { memory: true, host: false };
+        self.vectors = 0;
+        Flow::On
+    }
+
+    fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {
+        Site { block: self.block, index, bytes, write }.pack().expect("blocks are in the lower half and short")
+    }
+
+    // ---- Flags ----
+
+    /// Flags to memory, if they are only in the host's. Uses RAX; the host's flags stay.
+    fn pack(&mut self) {
+        if !self.flags.memory {
+            // LAHF; SETO AL; MOV [flags], AX
+            self.e().raw(&[0x9f, 0x0f, 0x90, 0xc0]);
+            self.e().prefixed(&[0x66], false, &[0x89], T0, FLAGS);
+            self.flags.memory = true;
+        }
+    }
+
+    /// Flags to the host's, if they are only in memory. Uses RAX.
+    fn unpack(&mut self) {
+        if !self.flags.host {
+            unpack_flags(self.e());
+            self.flags.host = true;
+        }
+    }
+
+    // ---- Memory ----
+
+    /// The linear address of a memory operand, in T0. Uses T1 and the host's flags.
+    fn address(&mut self, op: &Uop, insn_disp: i64) -> Option<()> {
+        let (base, index) = (usize::from(op.base), usize::from(op.index));
+        if op.asz != address::LONG {
+            return None;
+        }
+        let mut disp = insn_disp;
+        if base == slot::BLOCK {
+            disp += self.start;
+        }
+        let disp = i32::try_from(disp).ok()?;
+        self.offset(base, index, op.scale, disp, T0);
+        if op.seg != FLAT && op.seg >= 4 {
+            self.e().rm(true, &[0x03], T0, Mem::State(SEG_BASE + usize::from(op.seg) * 8));
+        }
+        Some(())
+    }
+
+    /// `to` = base + index << scale + disp. Uses T0 and T1; leaves flags alone.
+    fn offset(&mut self, base: usize, index: usize, scale: u8, disp: i32, to: u8) {
+        let e = &mut self.t.emitter;
+        let base = match base {
+            slot::ZERO => None,
+            slot::BLOCK => {
+                e.load(T0, PAGE);
+                Some(T0)
+            }
+            guest => Some(HOST[guest].unwrap_or_else(|| {
+                e.load(T0, gpr(guest as u8));
+                T0
+            })),
+        };
+        let index = match index {
+            slot::ZERO => None,
+            guest => Some(HOST[guest].unwrap_or_else(|| {
+                e.load(T1, gpr(guest as u8));
+                T1
+            })),
+        };
+        match (base, index) {
+            (None, None) => e.constant(to, disp as i64 as u64),
+            (Some(base), None) if disp == 0 => e.mov(to, base),
+            (Some(base), None) => e.lea(to, Mem::Base(base, disp)),
+            (Some(base), Some(index)) => e.lea(to, Mem::Indexed(base, index, scale, disp)),
+            (None, Some(index)) => {
+                // No base: a form of its own, with a 32-bit displacement.
+                e.raw(&[0x48 | (to >> 3) << 2 | (index >> 3) << 1, 0x8d, (to & 7) << 3 | 4, scale << 6 | (index & 7) << 3 | 5]);
+                e.raw(&disp.to_le_bytes());
+            }
+        }
+    }
+
+    /// From the linear address in T0 to the host's. Uses T1 and the host's flags, which must be in memory.
+    fn look_up(&mut self, bytes: u64, write: bool) -> (Label, Label, i32) {
+        debug_assert!(self.flags.memory);
+        let table = if write { WRITE_TABLE } else { READ_TABLE };
+        let bmi2 = self.t.bmi2;
+        let e = &mut self.t.emitter;
+        if bmi2 {
+            // RORX R11D, EAX, 8
+            e.raw(&[0xc4, 0x63, 0x7b, 0xf0, 0xd8, 0x08]);
+        } else {
+            e.mov32(T1, T0);
+            e.shift(false, 5, T1, 8);
+        }
+        e.group1(false, 4, T1, ((ENTRIES - 1) << 4) as i32);
+        e.rm(true, &[0x03], T1, DATA);
+        e.rm(true, &[0x33], T0, Mem::Base(T1, table));
+        // CMP RAX, imm32
+        e.raw(&[0x48, 0x3d]);
+        e.raw(&(0x1000 - bytes as u32).to_le_bytes());
+        let missed = e.label();
+        e.jcc(cc::A, missed);
+        e.rm(true, &[0x03], T0, Mem::Base(T1, table + 8));
+        let again = e.mark();
+        self.flags.host = false;
+        (missed, again, table)
+    }
+
+    /// The address of an operand of `bytes` bytes on the host, in T0. `done` is where the interpreter goes on if it
+    /// did the instruction; `flags`: flags are expected in the host's there.
+    fn access(&mut self, index: usize, bytes: u64, write: bool, align: u64, done: Label) {
+        let site = self.site(index, bytes, write);
+        if align > 1 {
+            // TEST AL, align - 1
+            self.e().raw(&[0xa8, align as u8 - 1]);
+            let from = self.e().label();
+            self.e().jcc(cc::NE, from);
+            // Which the interpreter says.
+            self.t.outlines.push(Outline::Last { from, site });
+        }
+        let (missed, again, table) = self.look_up(bytes, write);
+        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false });
+    }
+
+    /// The outlines pushed since `first` come back to a place where flags are in the host's.
+    fn flags_wanted(&mut self, first: usize) {
+        let host = self.flags.host;
+        for outline in &mut self.t.outlines[first..] {
+            if let Outline::Slow { flags, .. } = outline {
+                *flags = host;
+            }
+        }
+    }
+
+    // ---- Instructions that are copied ----
+
+    fn copy(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
+        let mut alignment = 1;
+        let mut class = FeatureClass::Integer;
+        let stub = is(op, ops::native::stub) || is(op, ops::native::stub_register);
+        if stub {
+            // SAFETY: stubs live as long as the blocks that use them.
+            let stub = unsafe { &*(op.imm as *const Stub) };
+            use FeatureClass as F;
+            if !matches!(stub.class, F::Integer | F::VexInteger | F::Sse | F::Avx) {
+                return false;
+            }
+            if stub.memory.access == Access::None && insn.op_kinds().any(|k| k == OpKind::Memory) {
+                return false;
+            }
+            alignment = u64::from(stub.memory.alignment);
+            class = stub.class;
+            if !self.t.features.contains_all(insn.cpuid_features()) {
+                return false;
+            }
+        }
+        let mut insn = *insn;
+        insn.set_code(operand::general(insn.code()));
+        let has_memory = insn.op_kinds().any(|k| k == OpKind::Memory);
+        let disp = op.disp;
+        operand::without_address(&mut insn, has_memory);
+        let Some(found) = operand::analyse(&mut self.t.info, &insn, stub) else { return false };
+        if !(1..=32).contains(&found.bytes) || (found.vectors && !stub) {
+            return false;
+        }
+        let Some((bytes, place)) = self.rename(&mut insn, &found, has_memory) else { return false };
+        if has_memory && !self.addressable(op) {
+            return false;
+        }
+
+        let wanted = match class {
+            FeatureClass::Avx => vectors::AVX,
+            _ if found.vectors => vectors::SSE,
+            _ => 0,
+        };
+        if wanted != 0 {
+            self.want_vectors(wanted, self.start as i32 + i32::from(op.off));
+        }
+        let done = self.e().label();
+        let first = self.t.outlines.len();
+        if has_memory {
+            self.pack();
+            let _ = self.address(op, i64::from(disp));
+            self.access(index, found.bytes, found.touch == Touch::Write, alignment, done);
+            if place.memory == T1 {
+                self.e().mov(T1, T0);
+            }
+        }
+        if found.flags_in {
+            self.unpack();
+        }
+        if found.accumulator {
+            self.e().mov(T0, 10);
+        }
+        for (carried, host) in &place.carried {
+            if carried.read {
+                self.e().load(*host, gpr(carried.guest));
+            }
+        }
+        self.e().raw(&bytes);
+        if found.accumulator {
+            self.e().mov(10, T0);
+        }
+        for (carried, host) in &place.carried {
+            if carried.write {
+                self.e().store(*host, gpr(carried.guest));
+            }
+        }
+        if found.flags_out {
+            self.flags = Flags { memory: false, host: true };
+        }
+        if has_memory {
+            // An instruction that the interpreter did has left its flags in memory.
+            self.flags_wanted(first);
+        }
+        self.e().bind(done);
+        true
+    }
+
+    fn addressable(&self, op: &Uop) -> bool {
+        let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
+        op.asz == address::LONG && i32::try_from(disp).is_ok()
+    }
+
+    /// The instruction with host registers in the place of guest registers.
+    fn rename(&mut self, insn: &mut Instruction, found: &Copyable, has_memory: bool) -> Option<(Vec<u8>, Place)> {
+        // RAX is free once it has been used: for the address, for flags, or as itself.
+        let rax_busy = found.accumulator || (has_memory && !found.flags_in);
+        let memory = if has_memory && (found.flags_in || found.accumulator) { T1 } else { T0 };
+        let mut free = Vec::with_capacity(2);
+        if !(has_memory && memory == T1) {
+            free.push(T1);
+        }
+        if !rax_busy {
+            free.push(T0);
+        }
+        let mut carried = Vec::with_capacity(2);
+        for c in found.carried.iter().flatten() {
+            if free.is_empty() {
+                return None;
+            }
+            carried.push((*c, free.remove(0)));
+        }
+        for i in 0..insn.op_count() {
+            if insn.op_kind(i) != OpKind::Register || !insn.op_register(i).is_gpr() {
+                continue;
+            }
+            let register = insn.op_register(i);
+            let guest = register.full_register().number();
+            let host = match HOST[guest] {
+                Some(host) => host,
+                None => carried.iter().find(|(c, _)| usize::from(c.guest) == guest)?.1,
+            };
+            insn.set_op_register(i, operand::renamed(register, host)?);
+        }
+        if has_memory {
+            insn.set_memory_base(if memory == T1 { Register::R11 } else { Register::RAX });
+        }
+        self.t.encoder.encode(insn, 0).ok()?;
+        Some((self.t.encoder.take_buffer(), Place { memory, carried }))
+    }
+
+    fn want_vectors(&mut self, wanted: u32, at: i32) {
+        if self.vectors & wanted != 0 {
+            return;
+        }
+        // The test below takes the host's flags.
+        self.pack();
+        self.e().test_byte(VECTORS, wanted as u8);
+        self.flags.host = false;
+        let from = self.e().label();
+        self.e().jcc(cc::E, from);
+        let back = self.e().mark();
+        self.t.outlines.push(Outline::Vectors { from, back, at, wanted });
+        self.vectors |= wanted;
+    }
+
+    // ---- Instructions with code of their own ----
+
+    fn special(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
+        match insn.mnemonic() {
+            Mnemonic::Lea => self.lea(insn, op),
+            Mnemonic::Push if is(op, ops::stack::push_reg64) => self.push(op, index),
+            Mnemonic::Pop if is(op, ops::stack::pop_reg64) => self.pop(op, index),
+            Mnemonic::Leave if op.aux == 8 => self.leave_frame(index),
+            _ if is(op, ops::data::nop) => true,
+            _ => false,
+        }
+    }
+
+    fn lea(&mut self, insn: &Instruction, op: &Uop) -> bool {
+        let size = insn.op0_register().size();
+        if size < 4 || !self.addressable(op) {
+            return false;
+        }
+        let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
+        let guest = op.dst / 8;
+        let to = HOST[usize::from(guest)].unwrap_or(T0);
+        self.offset(usize::from(op.base), usize::from(op.index), op.scale, disp as i32, to);
+        if size == 4 {
+            self.e().mov32(to, to);
+        }
+        if to == T0 {
+            self.e().store(T0, gpr(guest));
+        }
+        true
+    }
+
+    const STACK: u8 = 15;
+
+    fn push(&mut self, op: &Uop, index: usize) -> bool {
+        self.pack();
+        self.e().lea(T0, Mem::Base(Self::STACK, -8));
+        let done = self.e().label();
+        self.access(index, 8, true, 1, done);
+        let guest = op.src / 8;
+        let value = HOST[usize::from(guest)].unwrap_or_else(|| {
+            self.e().load(T1, gpr(guest));
+            T1
+        });
+        self.e().store(value, Mem::Base(T0, 0));
+        self.e().lea(Self::STACK, Mem::Base(Self::STACK, -8));
+        self.e().bind(done);
+        true
+    }
+
+    fn pop(&mut self, op: &Uop, index: usize) -> bool {
+        self.pack();
+        self.e().mov(T0, Self::STACK);
+        let done = self.e().label();
+        self.access(index, 8, false, 1, done);
+        let guest = op.dst / 8;
+        self.e().lea(Self::STACK, Mem::Base(Self::STACK, 8));
+        match HOST[usize::from(guest)] {
+            Some(host) => self.e().load(host, Mem::Base(T0, 0)),
+            None => {
+                self.e().load(T1, Mem::Base(T0, 0));
+                self.e().store(T1, gpr(guest));
+            }
+        }
+        self.e().bind(done);
+        true
+    }
+
+    fn leave_frame(&mut self, index: usize) -> bool {
+        const FRAME: u8 = 5;
+        self.pack();
+        self.e().mov(T0, FRAME);
+        let done = self.e().label();
+        self.access(index, 8, false, 1, done);
+        self.e().lea(Self::STACK, Mem::Base(FRAME, 8));
+        self.e().load(FRAME, Mem::Base(T0, 0));
+        self.e().bind(done);
+        true
+    }
+
+    // ---- Control flow ----
+
+    /// Where control goes next, at an offset from the page's start; `here` is where it comes from.
+    fn go(&mut self, to: i64, here: i64) {
+        debug_assert!(self.flags.memory);
+        if !(0..0x1000).contains(&to) {
+            self.e().load(T0, PAGE);
+            match i32::try_from(to) {
+                Ok(to) => self.e().lea(T0, Mem::Base(T0, to)),
+                Err(_) => {
+                    self.e().constant(T1, to as u64);
+                    self.e().rr(true, &[0x01], T1, T0);
+                }
+            }
+            return self.jump_to();
+        }
+        if to <= here {
+            self.poll(to as i32);
+        }
+        let from = self.e().label();
+        self.e().jmp(from);
+        let site = self.at + self.e().here() - 4;
+        self.t.outlines.push(Outline::Link { from, to: to as i32, site });
+    }
+
+    /// Leaves for page offset `to` if a request is pending.
+    fn poll(&mut self, to: i32) {
+        let from = self.e().label();
+        self.e().load(T1, state(std::mem::offset_of!(super::State, requests)));
+        self.e().group1_mem(false, 7, Mem::Base(T1, 0), 0);
+        self.e().jcc(cc::NE, from);
+        self.t.outlines.push(Outline::Called { from, to });
+    }
+
+    /// Jumps to the canonical address in RAX: through the table of blocks that began there lately.
+    fn jump_to(&mut self) {
+        debug_assert!(self.flags.memory);
+        let called = self.e().label();
+        self.t.outlines.push(Outline::CalledTo { from: called });
+        let leave_to = self.thunks.leave_to;
+        let e = &mut self.t.emitter;
+        e.load(T1, state(std::mem::offset_of!(super::State, requests)));
+        e.group1_mem(false, 7, Mem::Base(T1, 0), 0);
+        e.jcc(cc::NE, called);
+        // The same as `tlb::jump_index`, times 16.
+        e.mov32(T1, T0);
+        e.group1(false, 4, T1, 0x3f);
+        e.shift(false, 4, T1, 6);
+        e.rr(false, &[0x31], T0, T1);
+        e.group1(false, 4, T1, 0x3_ffc0);
+        e.shift(false, 5, T1, 2);
+        e.rm(true, &[0x03], T1, CODE);
+        e.rm(true, &[0x3b], T0, Mem::Base(T1, JUMPS + std::mem::offset_of!(Jump, rip) as i32));
+        e.jcc_address(cc::NE, leave_to);
+        e.load(T1, Mem::Base(T1, JUMPS + std::mem::offset_of!(Jump, block) as i32));
+        // AND RAX, -4096
+        e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
+        e.store(T0, PAGE);
+        e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
+    }
+
+    fn conditional_jump(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Flow {
+        if insn.op0_kind() != OpKind::NearBranch64 {
+            return self.leave_to_interpreter(index, true);
+        }
+        let _ = op;
+        let condition = insn.condition_code() as u8 - 1;
+        self.pack();
+        self.unpack();
+        let taken = self.start.wrapping_add(insn.near_branch64() as i64);
+        let next = self.start + insn.next_ip() as i64;
+        let direct = (0..0x1000).contains(&taken) && taken > next;
+        if direct {
+            let from = self.e().label();
+            self.e().jcc(condition, from);
+            let site = self.at + self.e().here() - 4;
+            self.t.outlines.push(Outline::Link { from, to: taken as i32, site });
+            self.go(next, self.start + insn.ip() as i64);
+        } else {
+            let not = self.e().label();
+            self.e().jcc(condition ^ 1, not);
+            self.go(taken, next);
+            self.e().bind(not);
+            self.go(next, self.start + insn.ip() as i64);
+        }
+        Flow::Ended
+    }
+
+    /// Jumps, calls and returns.
+    fn control(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Option<Flow> {
+        let here = self.start + insn.ip() as i64;
+        let next = self.start + insn.next_ip() as i64;
+        match insn.flow_control() {
+            FlowControl::Next => None,
+            FlowControl::UnconditionalBranch if is(op, ops::flow::jmp) => {
+                self.pack();
+                self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
+                Some(Flow::Ended)
+            }
+            FlowControl::Call if is(op, ops::flow::call64) => {
+                self.pack();
+                self.push_return(index, next);
+                self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
+                Some(Flow::Ended)
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall => {
+                let memory = is(op, ops::flow::jmp_mem64) || is(op, ops::flow::call_mem64);
+                if !(memory || is(op, ops::flow::jmp_reg64) || is(op, ops::flow::call_reg64)) {
+                    return Some(self.leave_to_interpreter(index, true));
+                }
+                if memory && !self.addressable(op) {
+                    return Some(self.leave_to_interpreter(index, true));
+                }
+                self.pack();
+                if memory {
+                    let _ = self.address(op, i64::from(op.disp));
+                    let done = self.e().label();
+                    self.access(index, 8, false, 1, done);
+                    self.e().bind(done);
+                    self.e().load(T0, Mem::Base(T0, 0));
+                } else {
+                    let guest = op.dst / 8;
+                    match HOST[usize::from(guest)] {
+                        Some(host) => self.e().mov(T0, host),
+                        None => self.e().load(T0, gpr(guest)),
+                    }
+                }
+                self.check_canonical(index);
+                if insn.flow_control() == FlowControl::IndirectCall {
+                    let target = state(std::mem::offset_of!(super::State, target));
+                    self.e().store(T0, target);
+                    self.push_return(index, next);
+                    self.e().load(T0, target);
+                }
+                self.jump_to();
+                Some(Flow::Ended)
+            }
+            FlowControl::Return if is(op, ops::flow::ret64) => {
+                self.pack();
+                self.e().mov(T0, Self::STACK);
+                let done = self.e().label();
+                self.access(index, 8, false, 1, done);
+                self.e().bind(done);
+                self.e().load(T0, Mem::Base(T0, 0));
+                self.check_canonical(index);
+                self.e().lea(Self::STACK, Mem::Base(Self::STACK, 8 + op.imm as i32));
+                self.jump_to();
+                Some(Flow::Ended)
+            }
+            // An interrupt or exception, a system call, LOOP, far jumps.
+            _ => Some(self.leave_to_interpreter(index, ends_block(insn, op))),
+        }
+    }
+
+    /// The address in RAX must be canonical, or the interpreter says why not.
+    fn check_canonical(&mut self, index: usize) {
+        let site = self.site(index, 1, false);
+        let from = self.e().label();
+        self.e().mov(T1, T0);
+        self.e().shift(true, 4, T1, 16);
+        self.e().shift(true, 7, T1, 16);
+        self.e().rr(true, &[0x39], T0, T1);
+        self.e().jcc(cc::NE, from);
+        self.t.outlines.push(Outline::Last { from, site });
+    }
+
+    /// Pushes the return address, which is `next` bytes from the page's start.
+    fn push_return(&mut self, index: usize, next: i64) {
+        self.e().lea(T0, Mem::Base(Self::STACK, -8));
+        let done = self.e().label();
+        self.access(index, 8, true, 1, done);
+        self.e().bind(done);
+        self.e().load(T1, PAGE);
+        self.e().lea(T1, Mem::Base(T1, next as i32));
+        self.e().store(T1, Mem::Base(T0, 0));
+        self.e().lea(Self::STACK, Mem::Base(Self::STACK, -8));
+    }
+
+    // ---- Outlines ----
+
+    fn outlines(&mut self) {
+        // SAFETY: the block is alive.
+        let page = unsafe { (*self.block).gpa } & !PAGE_MASK;
+        for outline in std::mem::take(&mut self.t.outlines) {
+            let thunks = self.thunks;
+            let e = &mut self.t.emitter;
+            match outline {
+                Outline::Slow { missed, again, done, site, table, flags } => {
+                    e.bind(missed);
+                    e.rm(true, &[0x33], T0, Mem::Base(T1, table));
+                    e.constant(T1, site);
+                    e.call_address(thunks.slow);
+                    e.jcc(cc::NE, again);
+                    if flags {
+                        unpack_flags(e);
+                    }
+                    e.jmp(done);
+                }
+                Outline::Last { from, site } => {
+                    e.bind(from);
+                    e.constant(T1, site);
+                    e.jmp_address(thunks.last);
+                }
+                Outline::Link { from, to, site } => {
+                    e.bind(from);
+                    e.constant(T1, page);
+                    e.store(T1, state(std::mem::offset_of!(super::State, target)));
+                    e.constant(T0, to as u64);
+                    e.constant(T1, site as u64);
+                    e.jmp_address(thunks.leave_link);
+                }
+                Outline::Called { from, to } => {
+                    e.bind(from);
+                    e.constant(T0, to as u64);
+                    e.jmp_address(thunks.leave_at);
+                }
+                Outline::CalledTo { from } => {
+                    e.bind(from);
+                    e.jmp_address(thunks.leave_to);
+                }
+                Outline::Vectors { from, back, at, wanted } => {
+                    e.bind(from);
+                    e.constant(T0, at as u64);
+                    e.constant(T1, u64::from(wanted));
+                    e.call_address(thunks.vectors);
+                    e.jmp(back);
+                }
+            }
+        }
+    }
+}
+
+/// Where a copied instruction finds its operands.
+struct Place {
+    memory: u8,
+    carried: Vec<(Carried, u8)>,
+}
+
+/// MOVZX EAX, [flags]; CMP AL, 0x81 (overflows where AL is 1); SAHF.
+fn unpack_flags(e: &mut Emitter) {
+    e.rm(false, &[0x0f, 0xb7], T0, FLAGS);
+    e.raw(&[0x3c, 0x81, 0x9e]);
+}
+
+fn is_jcc(insn: &Instruction) -> bool {
+    insn.is_jcc_short_or_near()
+}
+
+/// Whether nothing of a block comes behind an instruction that is left to the interpreter.
+fn ends_block(insn: &Instruction, op: &Uop) -> bool {
+    insn.flow_control() != FlowControl::Next || is(op, ops::flow::undefined) || is(op, ops::flow::refetch)
+}

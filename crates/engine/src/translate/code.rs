@@ -1,0 +1,86 @@
+//! The buffer that translations live in.
+
+use std::io;
+
+use super::thunks::{self, Thunks};
+use crate::native::DualMapping;
+
+/// Code of one vCPU. No page of it is writable where it is executable.
+pub struct CodeBuffer {
+    memory: DualMapping,
+    pub thunks: Thunks,
+    /// Where translations begin, behind the thunks.
+    first: usize,
+    used: usize,
+}
+
+/// Bytes for the translations of all vCPUs together, and of one at least.
+const CAPACITY: usize = 24 << 20;
+const CAPACITY_OF_ONE: usize = 6 << 20;
+/// No translation is larger.
+const LARGEST: usize = 64 << 10;
+
+impl CodeBuffer {
+    pub fn new(vcpus: u32) -> io::Result<Self> {
+        let bytes = (CAPACITY / vcpus.max(1) as usize).max(CAPACITY_OF_ONE);
+        let memory = DualMapping::new(bytes)?;
+        let (code, thunks) = thunks::make(memory.executable() as u64);
+        let mut buffer = Self { memory, thunks, first: 0, used: 0 };
+        buffer.push(&code);
+        buffer.first = buffer.used;
+        Ok(buffer)
+    }
+
+    /// Where the next translation will run.
+    pub fn next_address(&self) -> u64 {
+        self.memory.executable() as u64 + self.used as u64
+    }
+
+    pub fn next_offset(&self) -> usize {
+        self.used
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.used + LARGEST > self.memory.bytes()
+    }
+
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Appends a translation that was made for [`Self::next_address`]; its offset, or `None` if it is too large.
+    pub fn push(&mut self, code: &[u8]) -> Option<usize> {
+        if code.len() > LARGEST || self.used + code.len() > self.memory.bytes() {
+            return None;
+        }
+        let at = self.used;
+        // SAFETY: the range lies in the writable view, which nobody has a reference into.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.memory.writable().add(at), code.len()) };
+        self.used = (at + code.len()).next_multiple_of(16);
+        Some(at)
+    }
+
+    pub fn address(&self, offset: usize) -> *const u8 {
+        self.memory.executable().wrapping_add(offset)
+    }
+
+    /// Makes the 32-bit displacement at `site` lead to `target`.
+    pub fn patch(&mut self, site: usize, target: usize) {
+        debug_assert!(site + 4 <= self.used && target < self.used);
+        let rel = (target as i64 - (site as i64 + 4)) as i32;
+        // SAFETY: inside the writable view. Only the thread of this vCPU runs this code, and it is not there now.
+        unsafe { self.memory.writable().add(site).cast::<i32>().write_unaligned(rel) };
+    }
+
+    /// Puts a jump to `target` at `at`.
+    pub fn cut(&mut self, at: usize, target: usize) {
+        // SAFETY: as above; every translation begins with five bytes that nothing leads into the middle of.
+        unsafe { *self.memory.writable().add(at) = 0xe9 };
+        self.patch(at + 1, target);
+    }
+
+    /// Forgets all translations.
+    pub fn clear(&mut self) {
+        self.used = self.first;
+    }
+}

@@ -1,0 +1,195 @@
+//! What translated code leaves to the interpreter, and the calls by which it does.
+
+use super::{Left, State, vectors};
+use crate::{
+    cache::Block,
+    cpu::{Cpu, cr0, cr4},
+    ops,
+    regs::slot,
+    tlb::PAGE_MASK,
+    uop::{Ctl, Uop},
+};
+
+/// An instruction of a translated block, in one word: the block's address, the op's index, and the size and direction
+/// of its memory access.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    pub block: *const Block,
+    pub index: usize,
+    pub bytes: u64,
+    pub write: bool,
+}
+
+const ADDRESS_BITS: u32 = 47;
+
+impl Site {
+    /// `None` where the address has too many bits.
+    pub fn pack(self) -> Option<u64> {
+        let block = self.block as u64;
+        (block >> ADDRESS_BITS == 0 && self.index < 64 && (1..=32).contains(&self.bytes)).then(|| {
+            block
+                | (self.index as u64) << ADDRESS_BITS
+                | (self.bytes - 1) << (ADDRESS_BITS + 6)
+                | u64::from(self.write) << (ADDRESS_BITS + 11)
+        })
+    }
+
+    fn unpack(word: u64) -> Self {
+        Self {
+            block: (word & ((1 << ADDRESS_BITS) - 1)) as *const Block,
+            index: (word >> ADDRESS_BITS) as usize & 63,
+            bytes: (word >> (ADDRESS_BITS + 6) & 31) + 1,
+            write: word >> (ADDRESS_BITS + 11) & 1 != 0,
+        }
+    }
+}
+
+/// What a helper returns to have translated code go on, or leave.
+const GO_ON: u64 = 0;
+const LEAVE: u64 = 1;
+
+/// The op behind one that runs alone.
+pub unsafe fn stop(cpu: &mut Cpu, _: *const Uop) -> Ctl {
+    cpu.translated.stopped = true;
+    Ctl::Next
+}
+
+impl Cpu {
+    /// Puts the interpreter's view of the running block in order.
+    ///
+    /// # Safety
+    /// `block` is alive and running.
+    unsafe fn at_block(&mut self, block: *const Block) {
+        self.block = block;
+        // SAFETY: the caller's word.
+        self.regs.gpr[slot::BLOCK] = self.translated.page.wrapping_add(unsafe { (*block).gpa } & PAGE_MASK);
+    }
+
+    /// Runs one op of a translated block in the interpreter.
+    ///
+    /// # Safety
+    /// The block is alive and running, and has that op.
+    unsafe fn run_alone(&mut self, site: Site) -> u64 {
+        self.counters.translated.interpreted += 1;
+        // SAFETY: the caller's word.
+        unsafe {
+            let op = (*site.block).ops.add(site.index);
+            self.translated.single[0] = *op;
+            self.translated.alone = Some(site.index);
+            self.translated.stopped = false;
+            let first = self.translated.single.as_ptr();
+            let ctl = ((*first).handler)(self, first);
+            self.translated.alone = None;
+            if ctl != Ctl::Next || !self.translated.stopped {
+                self.translated.left = Left::Handler;
+                self.translated.ctl = ctl;
+                return LEAVE;
+            }
+            // What it brought about is seen at the next instruction: an interrupt, or new code behind it.
+            if self.signal.pending() != 0 || !(*site.block).valid {
+                let done = u64::from((*op).off) + u64::from((*op).len);
+                self.counters.instructions -=
+                    u64::from((*site.block).count).saturating_sub(site.index as u64 + 1);
+                self.rip = self.regs.gpr[slot::BLOCK].wrapping_add(done);
+                self.translated.left = Left::Next;
+                return LEAVE;
+            }
+        }
+        GO_ON
+    }
+
+    /// MXCSR, where vectors are about to be in registers again: a device access has taken it out.
+    fn keep_vectors(&mut self) {
+        if self.translated.vectors != 0 && !self.fpu.enter_mxcsr(&mut self.regs) {
+            self.translated.vectors = 0;
+        }
+    }
+}
+
+/// A memory access that missed the TLB: the host's address of it, or the whole instruction.
+pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
+    // SAFETY: thunks pass the `Cpu` they run on, and sites of the block that is running.
+    unsafe {
+        let (cpu, site) = (&mut *cpu, Site::unpack(site));
+        cpu.counters.translated.slow_accesses += 1;
+        cpu.at_block(site.block);
+        // An access that crosses pages faults at its own address or at the second page's: the interpreter knows.
+        let crosses = (linear ^ linear.wrapping_add(site.bytes - 1)) & !PAGE_MASK != 0;
+        let found = if crosses { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let done = match found {
+            Ok(Some(host)) => host as u64,
+            Ok(None) => cpu.run_alone(site),
+            Err(_) => {
+                cpu.translated.ctl = ops::fault(cpu, (*site.block).ops.add(site.index));
+                cpu.translated.left = Left::Handler;
+                LEAVE
+            }
+        };
+        cpu.keep_vectors();
+        done
+    }
+}
+
+/// An instruction in the middle of a block.
+pub unsafe extern "sysv64" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    unsafe {
+        let (cpu, site) = (&mut *cpu, Site::unpack(site));
+        cpu.at_block(site.block);
+        cpu.run_alone(site)
+    }
+}
+
+/// An instruction that ends its block.
+pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) {
+    // SAFETY: as in `slow`.
+    unsafe {
+        let (cpu, site) = (&mut *cpu, Site::unpack(site));
+        cpu.at_block(site.block);
+        if cpu.run_alone(site) == GO_ON {
+            // It is followed by nothing but the block's end.
+            let op = &*(*site.block).ops.add(site.index);
+            cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from(op.off) + u64::from(op.len));
+            cpu.translated.left = Left::Next;
+        }
+    }
+}
+
+/// Says what vector instructions may run, and puts MXCSR into the host's register.
+pub unsafe extern "sysv64" fn bring_vectors(cpu: *mut Cpu, wanted: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    let cpu = unsafe { &mut *cpu };
+    let ts = cpu.cr0 & cr0::TS != 0;
+    let sse = !ts && cpu.cr0 & cr0::EM == 0 && cpu.cr4 & cr4::OSFXSR != 0;
+    let avx = !ts && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 && super::thunks::host_has_avx();
+    let found = if sse { vectors::SSE } else { 0 } | if avx { vectors::AVX } else { 0 };
+    if u64::from(found) & wanted == 0 || !cpu.fpu.enter_mxcsr(&mut cpu.regs) {
+        // The interpreter raises what is to be raised, and knows about unmasked exceptions.
+        cpu.rip = cpu.translated.page.wrapping_add(cpu.translated.target & 0xffff_ffff);
+        cpu.translated.left = Left::Interpret;
+        return LEAVE;
+    }
+    cpu.translated.vectors = found;
+    GO_ON
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let end = Uop { handler: stop, ..crate::decode::BLANK };
+        Self {
+            page: 0,
+            cpu: 0,
+            requests: std::ptr::null(),
+            target: 0,
+            site: 0,
+            vectors: 0,
+            left: Left::Next,
+            ctl: Ctl::Next,
+            stopped: false,
+            alone: None,
+            single: [end, end],
+            interpret: false,
+            clears: 0,
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The translator: hot blocks as host machine code.
+//!
+//! A block that ran often enough is translated ([`block`]): instructions are copied, with guest registers renamed to
+//! the host registers that stand for them and memory operands replaced by an inline look-up in the soft TLB. What
+//! cannot be copied is left to the interpreter's handler, one instruction at a time ([`leave`]).
+//!
+//! While translated code runs
+//! * thirteen guest registers live in host registers ([`HOST`]), the other three in [`Regs`](crate::regs::Regs);
+//!   RAX and R11 are scratch, GS points at the [`Cpu`], RSP is the host's stack;
+//! * the status flags are in the host's at places that the translator knows, and in [`Regs`](crate::regs::Regs) at
+//!   the start of every block and at every instruction that may fault or leave: nothing is ever guessed;
+//! * vectors and MXCSR are in the host's registers while [`State::vectors`] says so;
+//! * the linear address of the running code is [`State::page`] plus a constant: translations belong to
+//!   guest-physical code, whatever it is mapped at.
+//!
+//! Jumps within a page are patched to lead from translation to translation; all others look their target up in the
+//! table of the current address space and privilege, in line. Code that was written to is cut off at its entry.
+
+pub mod block;
+pub mod code;
+pub mod emit;
+pub mod leave;
+mod operand;
+mod thunks;
+
+use std::sync::atomic::AtomicU32;
+
+use crate::uop::{Ctl, Uop};
+
+/// The host register that each guest register lives in; `None`: in memory.
+pub const HOST: [Option<u8>; 16] = [
+    Some(10),
+    Some(1),
+    Some(2),
+    Some(3),
+    Some(15),
+    Some(5),
+    Some(6),
+    Some(7),
+    Some(8),
+    Some(9),
+    None,
+    None,
+    Some(12),
+    Some(13),
+    Some(14),
+    None,
+];
+
+/// Runs of a block before it is translated.
+pub const PROMOTE: u32 = 24;
+
+/// Bits of [`State::vectors`].
+pub mod vectors {
+    /// SSE instructions may run.
+    pub const SSE: u32 = 1;
+    /// AVX instructions may run.
+    pub const AVX: u32 = 2;
+}
+
+/// Why translated code came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Left {
+    /// To go on at `Cpu::rip`.
+    Next,
+    /// To go on at `Cpu::rip`; the jump at [`State::site`] may be patched.
+    Link,
+    /// To go on with the block in `Cpu::next`, at its place in [`State::page`].
+    Block,
+    /// The instruction at `Cpu::rip` is one for the interpreter.
+    Interpret,
+    /// As a handler returned it: [`State::ctl`].
+    Handler,
+}
+
+/// What translated code keeps in the [`Cpu`](crate::cpu::Cpu).
+#[repr(C)]
+pub struct State {
+    /// Linear address of the page that the running code is in.
+    pub page: u64,
+    /// The `Cpu` itself.
+    pub cpu: u64,
+    /// The vCPU's request word.
+    pub requests: *const AtomicU32,
+    /// An indirect call's target while its return address is pushed; the guest-physical page that a jump to be patched
+    /// is in; the page offset of an instruction that wants vectors.
+    pub target: u64,
+    /// Where in the code buffer a jump waits to be patched.
+    pub site: u64,
+    /// See [`vectors`]; 0 while the guest's vectors are in memory.
+    pub vectors: u32,
+    pub left: Left,
+    pub ctl: Ctl,
+    /// The instruction ran to its end.
+    pub stopped: bool,
+    /// The op that runs alone, as its index in the block.
+    pub alone: Option<usize>,
+    /// A copy of it, and the end.
+    pub single: [Uop; 2],
+    /// The next block is to be interpreted.
+    pub interpret: bool,
+    /// `BlockCache::clears` when translated code last left.
+    pub clears: u64,
+}
+
+/// Has GS point at the `Cpu` that this thread runs.
+pub fn point_gs(cpu: u64) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    {
+        const ARCH_SET_GS: u64 = 0x1001;
+        // SAFETY: nothing but translated code uses GS on x86-64 Linux; the call changes no memory.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, cpu) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let _ = cpu;
+}
+
+/// Runs translated code until it leaves.
+///
+/// # Safety
+/// `thunk` is [`code::CodeBuffer::thunks`]'s `enter`, `code` a translation in the same buffer, and GS points at the
+/// `Cpu` that both belong to.
+pub unsafe fn enter(thunk: u64, cpu: *mut crate::cpu::Cpu, code: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY: the caller's word.
+        let enter = unsafe {
+            std::mem::transmute::<u64, unsafe extern "sysv64" fn(*mut crate::cpu::Cpu, *const u8)>(thunk)
+        };
+        // SAFETY: as above; the thunk keeps to the calling convention. The `Cpu` is passed so that the compiler knows
+        // that it changes.
+        unsafe { enter(cpu, code) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (thunk, cpu, code);
+}
+
+/// Figures for `--metrics`.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    pub blocks: u64,
+    pub instructions: u64,
+    pub entries: u64,
+    pub slow_accesses: u64,
+    pub interpreted: u64,
+    pub links: u64,
+    pub nanoseconds: u64,
+}

@@ -1,0 +1,329 @@
+//! What an instruction does to registers, flags and memory, as far as copying it asks.
+
+use iced_x86::{
+    Code, CodeSize, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+    RflagsBits,
+};
+
+use super::HOST;
+
+/// Why the address of an instruction's memory operand is of interest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// There is none, or it is only an address.
+    None,
+    Read,
+    /// Also reads and writes.
+    Write,
+}
+
+/// An instruction that can be copied, its operands aside.
+#[derive(Clone, Copy, Debug)]
+pub struct Copyable {
+    pub touch: Touch,
+    /// Of the memory operand.
+    pub bytes: u64,
+    /// Guest registers in memory that are named, and whether they are read and written.
+    pub carried: [Option<Carried>; 2],
+    /// RAX takes part without being named.
+    pub accumulator: bool,
+    /// Flags must be in the host's: some are read, or some are kept.
+    pub flags_in: bool,
+    pub flags_out: bool,
+    pub vectors: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carried {
+    pub guest: u8,
+    pub read: bool,
+    pub write: bool,
+}
+
+const STATUS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// The general form of instructions whose encoding names the accumulator.
+pub fn general(code: Code) -> Code {
+    use Code::*;
+    match code {
+        Add_AL_imm8 => Add_rm8_imm8,
+        Add_AX_imm16 => Add_rm16_imm16,
+        Add_EAX_imm32 => Add_rm32_imm32,
+        Add_RAX_imm32 => Add_rm64_imm32,
+        Or_AL_imm8 => Or_rm8_imm8,
+        Or_AX_imm16 => Or_rm16_imm16,
+        Or_EAX_imm32 => Or_rm32_imm32,
+        Or_RAX_imm32 => Or_rm64_imm32,
+        Adc_AL_imm8 => Adc_rm8_imm8,
+        Adc_AX_imm16 => Adc_rm16_imm16,
+        Adc_EAX_imm32 => Adc_rm32_imm32,
+        Adc_RAX_imm32 => Adc_rm64_imm32,
+        Sbb_AL_imm8 => Sbb_rm8_imm8,
+        Sbb_AX_imm16 => Sbb_rm16_imm16,
+        Sbb_EAX_imm32 => Sbb_rm32_imm32,
+        Sbb_RAX_imm32 => Sbb_rm64_imm32,
+        And_AL_imm8 => And_rm8_imm8,
+        And_AX_imm16 => And_rm16_imm16,
+        And_EAX_imm32 => And_rm32_imm32,
+        And_RAX_imm32 => And_rm64_imm32,
+        Sub_AL_imm8 => Sub_rm8_imm8,
+        Sub_AX_imm16 => Sub_rm16_imm16,
+        Sub_EAX_imm32 => Sub_rm32_imm32,
+        Sub_RAX_imm32 => Sub_rm64_imm32,
+        Xor_AL_imm8 => Xor_rm8_imm8,
+        Xor_AX_imm16 => Xor_rm16_imm16,
+        Xor_EAX_imm32 => Xor_rm32_imm32,
+        Xor_RAX_imm32 => Xor_rm64_imm32,
+        Cmp_AL_imm8 => Cmp_rm8_imm8,
+        Cmp_AX_imm16 => Cmp_rm16_imm16,
+        Cmp_EAX_imm32 => Cmp_rm32_imm32,
+        Cmp_RAX_imm32 => Cmp_rm64_imm32,
+        Test_AL_imm8 => Test_rm8_imm8,
+        Test_AX_imm16 => Test_rm16_imm16,
+        Test_EAX_imm32 => Test_rm32_imm32,
+        Test_RAX_imm32 => Test_rm64_imm32,
+        Xchg_r16_AX => Xchg_rm16_r16,
+        Xchg_r32_EAX => Xchg_rm32_r32,
+        Xchg_r64_RAX => Xchg_rm64_r64,
+        other => other,
+    }
+}
+
+/// Integer instructions that have nothing to them but operands and flags.
+fn is_plain(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Mov
+            | M::Add
+            | M::Or
+            | M::Adc
+            | M::Sbb
+            | M::And
+            | M::Sub
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Rol
+            | M::Ror
+            | M::Rcl
+            | M::Rcr
+            | M::Shl
+            | M::Sal
+            | M::Shr
+            | M::Sar
+            | M::Movzx
+            | M::Movsx
+            | M::Movsxd
+            | M::Xchg
+            | M::Imul
+            | M::Mul
+            | M::Bt
+            | M::Bts
+            | M::Btr
+            | M::Btc
+            | M::Cbw
+            | M::Cwde
+            | M::Cdqe
+            | M::Cwd
+            | M::Cdq
+            | M::Cqo
+            | M::Clc
+            | M::Stc
+            | M::Cmc
+    )
+}
+
+/// Takes the memory operand's address out of an instruction.
+pub fn without_address(insn: &mut Instruction, has_memory: bool) {
+    insn.set_code_size(CodeSize::Code64);
+    insn.set_segment_prefix(Register::None);
+    if has_memory {
+        insn.set_memory_base(Register::None);
+        insn.set_memory_index(Register::None);
+        insn.set_memory_index_scale(1);
+        insn.set_memory_displ_size(0);
+        insn.set_memory_displacement64(0);
+    }
+    insn.set_has_repe_prefix(false);
+    insn.set_has_repne_prefix(false);
+}
+
+fn is_absolute(code: Code) -> bool {
+    use Code::*;
+    matches!(
+        code,
+        Mov_AL_moffs8
+            | Mov_AX_moffs16
+            | Mov_EAX_moffs32
+            | Mov_RAX_moffs64
+            | Mov_moffs8_AL
+            | Mov_moffs16_AX
+            | Mov_moffs32_EAX
+            | Mov_moffs64_RAX
+    )
+}
+
+/// `stub`: the decoder found that the instruction runs on the host as it is, and that it is none of x87 or MMX.
+pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction, stub: bool) -> Option<Copyable> {
+    let conditional = insn.condition_code() != iced_x86::ConditionCode::None && !insn.is_jcc_short_or_near();
+    if !(stub || is_plain(insn.mnemonic()) || conditional) {
+        return None;
+    }
+    let memory_at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
+    let operands = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
+        OpKind::Register => {
+            let r = insn.op_register(i);
+            r.is_gpr() || r.is_xmm() || r.is_ymm()
+        }
+        OpKind::Memory
+        | OpKind::Immediate8
+        | OpKind::Immediate8_2nd
+        | OpKind::Immediate16
+        | OpKind::Immediate32
+        | OpKind::Immediate64
+        | OpKind::Immediate8to16
+        | OpKind::Immediate8to32
+        | OpKind::Immediate8to64
+        | OpKind::Immediate32to64 => true,
+        _ => false,
+    });
+    if !operands {
+        return None;
+    }
+    // A0 to A3 have a whole address.
+    if memory_at.is_some() && is_absolute(insn.code()) {
+        return None;
+    }
+    // Bit strings reach beyond their operand.
+    let bit = matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    if bit && memory_at.is_some() && insn.op_kind(1) == OpKind::Register {
+        return None;
+    }
+    let found = info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+    let touch = match memory_at.map(|at| found.op_access(at)) {
+        None | Some(OpAccess::None | OpAccess::NoMemAccess) => Touch::None,
+        Some(OpAccess::Read | OpAccess::CondRead) => Touch::Read,
+        _ => Touch::Write,
+    };
+    if memory_at.is_some() && touch == Touch::None {
+        return None;
+    }
+    let named: u16 = (0..insn.op_count())
+        .filter(|&i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr())
+        .fold(0, |all, i| all | 1 << insn.op_register(i).full_register().number());
+    let mut copyable = Copyable {
+        touch,
+        bytes: if touch == Touch::None { 1 } else { insn.memory_size().size() as u64 },
+        carried: [None; 2],
+        accumulator: false,
+        flags_in: false,
+        flags_out: false,
+        vectors: false,
+    };
+    for used in found.used_registers() {
+        let (register, access) = (used.register(), used.access());
+        if register.is_vector_register() {
+            copyable.vectors = true;
+            continue;
+        }
+        if register.is_segment_register() {
+            continue;
+        }
+        if !register.is_gpr() {
+            return None;
+        }
+        let guest = register.full_register().number();
+        if named >> guest & 1 == 0 {
+            match guest {
+                0 => copyable.accumulator = true,
+                _ if HOST[guest] == Some(guest as u8) => {}
+                _ => return None,
+            }
+            continue;
+        }
+        if HOST[guest].is_some() {
+            continue;
+        }
+        // A write of less than four bytes keeps the rest, and a condition may keep everything.
+        let whole = access == OpAccess::Write && register.size() >= 4;
+        let carried = Carried {
+            guest: guest as u8,
+            read: !whole,
+            write: !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess),
+        };
+        match copyable.carried.iter().position(|c| c.is_some_and(|c| c.guest == carried.guest)) {
+            Some(at) => {
+                if let Some(c) = &mut copyable.carried[at] {
+                    c.read |= carried.read;
+                    c.write |= carried.write;
+                }
+            }
+            None => *copyable.carried.iter_mut().find(|c| c.is_none())? = Some(carried),
+        }
+    }
+    copyable.vectors |= (0..insn.op_count())
+        .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register());
+    let defined = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & STATUS;
+    let by_cl = (0..insn.op_count())
+        .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::CL && i != 0);
+    copyable.flags_out = insn.rflags_modified() & STATUS != 0;
+    let read = insn.rflags_read() & STATUS != 0;
+    // What the manuals leave undefined is what the processor makes of it, and that may depend on what was there.
+    let undefined_matters = defined | insn.rflags_undefined() & STATUS != STATUS;
+    let shift = matches!(
+        insn.mnemonic(),
+        Mnemonic::Shl
+            | Mnemonic::Sal
+            | Mnemonic::Shr
+            | Mnemonic::Sar
+            | Mnemonic::Rol
+            | Mnemonic::Ror
+            | Mnemonic::Rcl
+            | Mnemonic::Rcr
+            | Mnemonic::Shld
+            | Mnemonic::Shrd
+    );
+    let none = shift && !by_cl && insn.try_immediate(insn.op_count() - 1).is_ok_and(|i| i as u8 & 31 == 0);
+    copyable.flags_in = read || (copyable.flags_out && (undefined_matters || by_cl || none));
+    Some(copyable)
+}
+
+const LOW_BYTES: [Register; 16] = [
+    Register::AL,
+    Register::CL,
+    Register::DL,
+    Register::BL,
+    Register::SPL,
+    Register::BPL,
+    Register::SIL,
+    Register::DIL,
+    Register::R8L,
+    Register::R9L,
+    Register::R10L,
+    Register::R11L,
+    Register::R12L,
+    Register::R13L,
+    Register::R14L,
+    Register::R15L,
+];
+
+/// The part of host register `host` that corresponds to `register`; `None` for AH and its like where the number
+/// changes.
+pub fn renamed(register: Register, host: u8) -> Option<Register> {
+    if matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
+        return (register.full_register().number() == host as usize).then_some(register);
+    }
+    let first = match register.size() {
+        1 => return Some(LOW_BYTES[host as usize & 15]),
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    Some(first + u32::from(host))
+}

@@ -1,0 +1,246 @@
+//! The way in and out of translated code.
+
+use std::mem::offset_of;
+
+use super::{
+    HOST, Left, State,
+    emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
+    leave,
+};
+use crate::{cpu::Cpu, regs::Regs};
+
+pub const fn state(offset: usize) -> Mem {
+    Mem::State(offset_of!(Cpu, translated) + offset)
+}
+
+pub const fn gpr(guest: u8) -> Mem {
+    Mem::State(offset_of!(Cpu, regs) + offset_of!(Regs, gpr) + guest as usize * 8)
+}
+
+pub const FLAGS: Mem = Mem::State(offset_of!(Cpu, regs) + offset_of!(Regs, flags));
+pub const PAGE: Mem = state(offset_of!(State, page));
+pub const VECTORS: Mem = state(offset_of!(State, vectors));
+const LEFT: Mem = state(offset_of!(State, left));
+const RIP: Mem = Mem::State(offset_of!(Cpu, rip));
+
+/// Addresses of what translations call and jump to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thunks {
+    /// `extern "sysv64" fn(cpu, code)`: runs translated code until it leaves. GS points at the `Cpu`.
+    pub enter: u64,
+    /// Jump: leave; the next instruction is at page offset EAX.
+    pub leave_at: u64,
+    /// Jump: the same; R11 is the jump that may be patched.
+    pub leave_link: u64,
+    /// Jump: leave for the address in RAX.
+    pub leave_to: u64,
+    /// Jump: leave for the untranslated block in R11.
+    pub leave_block: u64,
+    /// Jump: R11 is the site of a last instruction for the interpreter.
+    pub last: u64,
+    /// Call: R11 is the site of an instruction for the interpreter.
+    pub interpret: u64,
+    /// Call: a memory access at RAX that the TLB does not know; R11 is its site. Comes back with the host's address in
+    /// RAX and ZF clear, or with ZF set when the instruction is done.
+    pub slow: u64,
+    /// Call: brings vectors in; R11 is what is wanted, EAX the page offset of the instruction.
+    pub vectors: u64,
+}
+
+/// Where a vector register's slot is.
+fn vector(register: u8) -> usize {
+    offset_of!(Cpu, regs) + offset_of!(Regs, ymm) + register as usize * 32
+}
+
+struct Maker {
+    e: Emitter,
+    avx: bool,
+    tail: Label,
+}
+
+impl Maker {
+    /// `[V]MOVAPS` between a vector register and its slot.
+    fn vector(&mut self, opcode: u8, register: u8) {
+        self.e.raw(&[0x65]);
+        if self.avx {
+            self.e.raw(&[0xc5, if register < 8 { 0xfc } else { 0x7c }, opcode]);
+        } else {
+            if register >= 8 {
+                self.e.raw(&[0x44]);
+            }
+            self.e.raw(&[0x0f, opcode]);
+        }
+        self.e.raw(&[(register & 7) << 3 | 4, 0x25]);
+        self.e.raw(&(vector(register) as u32).to_le_bytes());
+    }
+
+    fn store_registers(&mut self) {
+        for (guest, host) in HOST.iter().enumerate() {
+            if let Some(host) = host {
+                self.e.store(*host, gpr(guest as u8));
+            }
+        }
+    }
+
+    fn load_registers(&mut self) {
+        for (guest, host) in HOST.iter().enumerate() {
+            if let Some(host) = host {
+                self.e.load(*host, gpr(guest as u8));
+            }
+        }
+    }
+
+    /// Vectors go to memory if they are in registers; `forget` leaves them there.
+    fn store_vectors(&mut self, forget: bool) {
+        let none = self.e.label();
+        self.e.group1_mem(false, 7, VECTORS, 0);
+        self.e.jcc(cc::E, none);
+        for register in 0..16 {
+            self.vector(0x29, register);
+        }
+        if self.avx {
+            self.e.raw(&[0xc5, 0xf8, 0x77]);
+        }
+        if forget {
+            self.set32(VECTORS, 0);
+        }
+        self.e.bind(none);
+    }
+
+    fn load_vectors(&mut self) {
+        for register in 0..16 {
+            self.vector(0x28, register);
+        }
+    }
+
+    fn set32(&mut self, mem: Mem, value: u32) {
+        self.e.rm(false, &[0xc7], 0, mem);
+        self.e.raw(&value.to_le_bytes());
+    }
+
+    /// Calls a Rust function with the `Cpu`, R11 and RAX.
+    fn call(&mut self, function: u64) {
+        self.e.load(RDI, state(offset_of!(State, cpu)));
+        self.e.mov(RSI, T1);
+        self.e.mov(RDX, T0);
+        self.e.constant(T0, function);
+        self.e.raw(&[0xff, 0xd0]);
+    }
+
+    /// Everything to memory and back to the caller of [`Thunks::enter`].
+    fn leave(&mut self, left: Left) {
+        self.set32(LEFT, left as u32);
+        self.store_registers();
+        self.store_vectors(true);
+        self.e.jmp(self.tail);
+    }
+
+    fn entry(&mut self) -> u64 {
+        while !self.e.here().is_multiple_of(16) {
+            self.e.raw(&[0xcc]);
+        }
+        self.e.address + self.e.here() as u64
+    }
+}
+
+/// The thunks' code, to run at `address`.
+pub fn make(address: u64) -> (Vec<u8>, Thunks) {
+    let mut e = Emitter::default();
+    e.start(address);
+    let tail = e.label();
+    let mut m = Maker { e, avx: host_has_avx(), tail };
+    let mut thunks = Thunks { enter: m.entry(), ..Thunks::default() };
+    let saved = [3, 5, 12, 13, 14, 15];
+    for register in saved {
+        m.e.push(register);
+    }
+    // Six registers and the return address: calls from translated code find the stack aligned.
+    m.e.mov(T1, RSI);
+    m.load_registers();
+    m.e.rr(false, &[0xff], 4, T1);
+
+    thunks.leave_at = m.entry();
+    m.e.rm(true, &[0x03], T0, PAGE);
+    m.e.store(T0, RIP);
+    m.leave(Left::Next);
+
+    thunks.leave_link = m.entry();
+    m.e.rm(true, &[0x03], T0, PAGE);
+    m.e.store(T0, RIP);
+    m.e.store(T1, state(offset_of!(State, site)));
+    m.leave(Left::Link);
+
+    thunks.leave_to = m.entry();
+    m.e.store(T0, RIP);
+    m.leave(Left::Next);
+
+    thunks.leave_block = m.entry();
+    m.e.store(T1, Mem::State(offset_of!(Cpu, next)));
+    m.leave(Left::Block);
+
+    thunks.last = m.entry();
+    m.store_registers();
+    m.store_vectors(true);
+    m.e.group1(true, 5, RSP, 8);
+    m.call(leave::last as *const () as u64);
+    m.e.group1(true, 0, RSP, 8);
+    m.e.jmp(tail);
+
+    let dropped = m.e.label();
+    thunks.interpret = m.entry();
+    m.store_registers();
+    m.store_vectors(true);
+    m.call(leave::interpret as *const () as u64);
+    m.e.group1(true, 7, T0, 1);
+    m.e.jcc(cc::E, dropped);
+    m.load_registers();
+    m.e.ret();
+
+    thunks.slow = m.entry();
+    m.store_registers();
+    m.store_vectors(false);
+    m.call(leave::slow as *const () as u64);
+    m.e.group1(true, 7, T0, 1);
+    m.e.jcc(cc::E, dropped);
+    let none = m.e.label();
+    m.e.group1_mem(false, 7, VECTORS, 0);
+    m.e.jcc(cc::E, none);
+    m.load_vectors();
+    m.e.bind(none);
+    m.load_registers();
+    m.e.rr(true, &[0x85], T0, T0);
+    m.e.ret();
+
+    thunks.vectors = m.entry();
+    m.e.store(T0, state(offset_of!(State, target)));
+    m.store_registers();
+    // They may be in, but not for what is wanted: AVX where only SSE may run.
+    m.store_vectors(true);
+    m.call(leave::bring_vectors as *const () as u64);
+    m.e.group1(true, 7, T0, 1);
+    m.e.jcc(cc::E, dropped);
+    m.load_vectors();
+    m.load_registers();
+    m.e.ret();
+
+    // A helper has said how to go on: registers are in memory already.
+    m.e.bind(dropped);
+    m.set32(VECTORS, 0);
+    m.e.group1(true, 0, RSP, 8);
+    m.e.bind(tail);
+    for register in saved.into_iter().rev() {
+        m.e.pop(register);
+    }
+    m.e.ret();
+    m.e.resolve();
+    (m.e.code, thunks)
+}
+
+pub fn host_has_avx() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        std::is_x86_feature_detected!("avx")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
