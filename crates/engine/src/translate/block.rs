@@ -1,6 +1,9 @@
 //! From a decoded block to host code.
 
-use iced_x86::{Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
+    Register,
+};
 
 use super::{
     HOST,
@@ -13,11 +16,10 @@ use super::{
 use crate::{
     cache::Block,
     cpu::{Cpu, mode},
-    native::{Access, FeatureClass, FeatureSet, Stub},
-    ops,
+    native::{Access, FeatureClass, FeatureSet, Native, Stub, StubCache},
     regs::slot,
     tlb::{CodeSet, DataSet, ENTRIES, Jump, PAGE_MASK},
-    uop::{FLAT, Handler, Uop, address},
+    uop::{FLAT, Uop, address},
 };
 
 /// What is kept from one translation to the next.
@@ -65,14 +67,31 @@ enum Outline {
         flags: bool,
     },
     /// An instruction that ends the block, or is left to the interpreter after all.
-    Last { from: Label, site: u64 },
+    Last {
+        from: Label,
+        site: u64,
+    },
     /// A jump that is not patched yet: its displacement's place.
-    Link { from: Label, to: i32, site: usize },
+    Link {
+        from: Label,
+        to: i32,
+        site: usize,
+    },
     /// A request is pending.
-    Called { from: Label, to: i32 },
-    CalledTo { from: Label },
+    Called {
+        from: Label,
+        to: i32,
+    },
+    CalledTo {
+        from: Label,
+    },
     /// Vectors must be brought in first.
-    Vectors { from: Label, back: Label, at: i32, wanted: u32 },
+    Vectors {
+        from: Label,
+        back: Label,
+        at: i32,
+        wanted: u32,
+    },
 }
 
 /// Where the status flags are; at least one of the two.
@@ -83,6 +102,7 @@ struct Flags {
 }
 
 struct Work<'a> {
+    stubs: &'a mut StubCache,
     t: &'a mut Translator,
     thunks: Thunks,
     block: *const Block,
@@ -102,10 +122,6 @@ enum Flow {
     Ended,
 }
 
-fn is(op: &Uop, handler: Handler) -> bool {
-    std::ptr::fn_addr_eq(op.handler, handler)
-}
-
 const SEG_BASE: usize = std::mem::offset_of!(Cpu, seg_base);
 const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
 const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
@@ -118,7 +134,8 @@ impl Cpu {
     /// Translates a block, if it is one that can be.
     pub(crate) fn translate_block(&mut self, block: *mut Block) -> bool {
         // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
-        let (gpa, count, shape, second) = unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
+        let (gpa, count, shape, second) =
+            unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
         if shape != mode::CODE64 || second.is_some() || self.cache.code.is_full() {
             return false;
         }
@@ -144,6 +161,7 @@ impl Cpu {
         t.emitter.start(self.cache.code.next_address());
         t.outlines.clear();
         let mut work = Work {
+            stubs: &mut self.stubs,
             t: &mut t,
             thunks,
             block,
@@ -181,9 +199,8 @@ impl Work<'_> {
 
     fn block(&mut self, ops: &[Uop], instructions: &[Instruction]) {
         // At least five bytes that nothing leads into: see `CodeBuffer::cut`.
-        let counted = Mem::State(
-            std::mem::offset_of!(Cpu, counters) + std::mem::offset_of!(crate::cpu::Counters, instructions),
-        );
+        let counted =
+            Mem::State(std::mem::offset_of!(Cpu, counters) + std::mem::offset_of!(crate::cpu::Counters, instructions));
         self.e().group1_mem(true, 0, counted, instructions.len() as i32);
         let mut flow = Flow::On;
         for (index, insn) in instructions.iter().enumerate() {
@@ -215,8 +232,7 @@ impl Work<'_> {
         if self.special(insn, op, index) || self.copy(insn, op, index) {
             return Flow::On;
         }
-        let ends = compares || ends_block(insn, op);
-        self.leave_to_interpreter(index, ends)
+        self.leave_to_interpreter(index, compares)
     }
 
     fn leave_to_interpreter(&mut self, index: usize, ends: bool) -> Flow {
@@ -307,7 +323,12 @@ impl Work<'_> {
             (Some(base), Some(index)) => e.lea(to, Mem::Indexed(base, index, scale, disp)),
             (None, Some(index)) => {
                 // No base: a form of its own, with a 32-bit displacement.
-                e.raw(&[0x48 | (to >> 3) << 2 | (index >> 3) << 1, 0x8d, (to & 7) << 3 | 4, scale << 6 | (index & 7) << 3 | 5]);
+                e.raw(&[
+                    0x48 | (to >> 3) << 2 | (index >> 3) << 1,
+                    0x8d,
+                    (to & 7) << 3 | 4,
+                    scale << 6 | (index & 7) << 3 | 5,
+                ]);
                 e.raw(&disp.to_le_bytes());
             }
         }
@@ -371,19 +392,18 @@ impl Work<'_> {
     fn copy(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
         let mut alignment = 1;
         let mut class = FeatureClass::Integer;
-        let stub = is(op, ops::native::stub) || is(op, ops::native::stub_register);
-        if stub {
-            // SAFETY: stubs live as long as the blocks that use them.
-            let stub = unsafe { &*(op.imm as *const Stub) };
+        let plain = operand::is_plain(insn);
+        if !plain {
+            let Ok(Native::Stub(Stub { ref memory, class: of, .. })) = self.stubs.get(insn) else { return false };
             use FeatureClass as F;
-            if !matches!(stub.class, F::Integer | F::VexInteger | F::Sse | F::Avx) {
+            if !matches!(of, F::Integer | F::VexInteger | F::Sse | F::Avx) {
                 return false;
             }
-            if stub.memory.access == Access::None && insn.op_kinds().any(|k| k == OpKind::Memory) {
+            if memory.access == Access::None && insn.op_kinds().any(|k| k == OpKind::Memory) {
                 return false;
             }
-            alignment = u64::from(stub.memory.alignment);
-            class = stub.class;
+            alignment = u64::from(memory.alignment);
+            class = of;
             if !self.t.features.contains_all(insn.cpuid_features()) {
                 return false;
             }
@@ -393,8 +413,8 @@ impl Work<'_> {
         let has_memory = insn.op_kinds().any(|k| k == OpKind::Memory);
         let disp = op.disp;
         operand::without_address(&mut insn, has_memory);
-        let Some(found) = operand::analyse(&mut self.t.info, &insn, stub) else { return false };
-        if !(1..=32).contains(&found.bytes) || (found.vectors && !stub) {
+        let Some(found) = operand::analyse(&mut self.t.info, &insn) else { return false };
+        if !(1..=32).contains(&found.bytes) || (found.vectors && plain) {
             return false;
         }
         let Some((bytes, place)) = self.rename(&mut insn, &found, has_memory) else { return false };
@@ -512,13 +532,12 @@ impl Work<'_> {
     // ---- Instructions with code of their own ----
 
     fn special(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
-        match insn.mnemonic() {
-            Mnemonic::Lea => self.lea(insn, op),
-            Mnemonic::Push if is(op, ops::stack::push_reg64) => self.push(op, index),
-            Mnemonic::Pop if is(op, ops::stack::pop_reg64) => self.pop(op, index),
-            Mnemonic::Leave if op.aux == 8 => self.leave_frame(index),
-            _ if is(op, ops::data::nop) => true,
-            _ => false,
+        match insn.code() {
+            Code::Push_r64 => self.push(op, index),
+            Code::Pop_r64 => self.pop(op, index),
+            Code::Leaveq => self.leave_frame(index),
+            Code::Lea_r32_m | Code::Lea_r64_m => self.lea(insn, op),
+            _ => operand::is_nop(insn.mnemonic()),
         }
     }
 
@@ -680,22 +699,23 @@ impl Work<'_> {
     fn control(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Option<Flow> {
         let here = self.start + insn.ip() as i64;
         let next = self.start + insn.next_ip() as i64;
+        let near = insn.op0_kind() == OpKind::NearBranch64;
         match insn.flow_control() {
             FlowControl::Next => None,
-            FlowControl::UnconditionalBranch if is(op, ops::flow::jmp) => {
+            FlowControl::UnconditionalBranch if near => {
                 self.pack();
                 self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
                 Some(Flow::Ended)
             }
-            FlowControl::Call if is(op, ops::flow::call64) => {
+            FlowControl::Call if near => {
                 self.pack();
                 self.push_return(index, next);
                 self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
                 Some(Flow::Ended)
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
-                let memory = is(op, ops::flow::jmp_mem64) || is(op, ops::flow::call_mem64);
-                if !(memory || is(op, ops::flow::jmp_reg64) || is(op, ops::flow::call_reg64)) {
+                let memory = insn.op0_kind() == OpKind::Memory;
+                if !matches!(insn.code(), Code::Jmp_rm64 | Code::Call_rm64) {
                     return Some(self.leave_to_interpreter(index, true));
                 }
                 if memory && !self.addressable(op) {
@@ -725,7 +745,7 @@ impl Work<'_> {
                 self.jump_to();
                 Some(Flow::Ended)
             }
-            FlowControl::Return if is(op, ops::flow::ret64) => {
+            FlowControl::Return if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => {
                 self.pack();
                 self.e().mov(T0, Self::STACK);
                 let done = self.e().label();
@@ -738,7 +758,7 @@ impl Work<'_> {
                 Some(Flow::Ended)
             }
             // An interrupt or exception, a system call, LOOP, far jumps.
-            _ => Some(self.leave_to_interpreter(index, ends_block(insn, op))),
+            _ => Some(self.leave_to_interpreter(index, true)),
         }
     }
 
@@ -834,9 +854,4 @@ fn unpack_flags(e: &mut Emitter) {
 
 fn is_jcc(insn: &Instruction) -> bool {
     insn.is_jcc_short_or_near()
-}
-
-/// Whether nothing of a block comes behind an instruction that is left to the interpreter.
-fn ends_block(insn: &Instruction, op: &Uop) -> bool {
-    insn.flow_control() != FlowControl::Next || is(op, ops::flow::undefined) || is(op, ops::flow::refetch)
 }

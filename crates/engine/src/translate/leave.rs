@@ -88,8 +88,7 @@ impl Cpu {
             // What it brought about is seen at the next instruction: an interrupt, or new code behind it.
             if self.signal.pending() != 0 || !(*site.block).valid {
                 let done = u64::from((*op).off) + u64::from((*op).len);
-                self.counters.instructions -=
-                    u64::from((*site.block).count).saturating_sub(site.index as u64 + 1);
+                self.counters.instructions -= u64::from((*site.block).count).saturating_sub(site.index as u64 + 1);
                 self.rip = self.regs.gpr[slot::BLOCK].wrapping_add(done);
                 self.translated.left = Left::Next;
                 return LEAVE;

@@ -125,9 +125,8 @@ pub unsafe fn enter(thunk: u64, cpu: *mut crate::cpu::Cpu, code: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         // SAFETY: the caller's word.
-        let enter = unsafe {
-            std::mem::transmute::<u64, unsafe extern "sysv64" fn(*mut crate::cpu::Cpu, *const u8)>(thunk)
-        };
+        let enter =
+            unsafe { std::mem::transmute::<u64, unsafe extern "sysv64" fn(*mut crate::cpu::Cpu, *const u8)>(thunk) };
         // SAFETY: as above; the thunk keeps to the calling convention. The `Cpu` is passed so that the compiler knows
         // that it changes.
         unsafe { enter(cpu, code) };

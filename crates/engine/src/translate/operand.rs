@@ -40,8 +40,7 @@ pub struct Carried {
     pub write: bool,
 }
 
-const STATUS: u32 =
-    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 /// The general form of instructions whose encoding names the accumulator.
 pub fn general(code: Code) -> Code {
@@ -91,52 +90,54 @@ pub fn general(code: Code) -> Code {
 }
 
 /// Integer instructions that have nothing to them but operands and flags.
-fn is_plain(mnemonic: Mnemonic) -> bool {
+pub fn is_plain(insn: &Instruction) -> bool {
     use Mnemonic as M;
-    matches!(
-        mnemonic,
-        M::Mov
-            | M::Add
-            | M::Or
-            | M::Adc
-            | M::Sbb
-            | M::And
-            | M::Sub
-            | M::Xor
-            | M::Cmp
-            | M::Test
-            | M::Inc
-            | M::Dec
-            | M::Neg
-            | M::Not
-            | M::Rol
-            | M::Ror
-            | M::Rcl
-            | M::Rcr
-            | M::Shl
-            | M::Sal
-            | M::Shr
-            | M::Sar
-            | M::Movzx
-            | M::Movsx
-            | M::Movsxd
-            | M::Xchg
-            | M::Imul
-            | M::Mul
-            | M::Bt
-            | M::Bts
-            | M::Btr
-            | M::Btc
-            | M::Cbw
-            | M::Cwde
-            | M::Cdqe
-            | M::Cwd
-            | M::Cdq
-            | M::Cqo
-            | M::Clc
-            | M::Stc
-            | M::Cmc
-    )
+    let conditional = insn.condition_code() != iced_x86::ConditionCode::None;
+    conditional
+        || matches!(
+            insn.mnemonic(),
+            M::Mov
+                | M::Add
+                | M::Or
+                | M::Adc
+                | M::Sbb
+                | M::And
+                | M::Sub
+                | M::Xor
+                | M::Cmp
+                | M::Test
+                | M::Inc
+                | M::Dec
+                | M::Neg
+                | M::Not
+                | M::Rol
+                | M::Ror
+                | M::Rcl
+                | M::Rcr
+                | M::Shl
+                | M::Sal
+                | M::Shr
+                | M::Sar
+                | M::Movzx
+                | M::Movsx
+                | M::Movsxd
+                | M::Xchg
+                | M::Imul
+                | M::Mul
+                | M::Bt
+                | M::Bts
+                | M::Btr
+                | M::Btc
+                | M::Cbw
+                | M::Cwde
+                | M::Cdqe
+                | M::Cwd
+                | M::Cdq
+                | M::Cqo
+                | M::Clc
+                | M::Stc
+                | M::Cmc
+        )
 }
 
 /// Takes the memory operand's address out of an instruction.
@@ -169,12 +170,8 @@ fn is_absolute(code: Code) -> bool {
     )
 }
 
-/// `stub`: the decoder found that the instruction runs on the host as it is, and that it is none of x87 or MMX.
-pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction, stub: bool) -> Option<Copyable> {
-    let conditional = insn.condition_code() != iced_x86::ConditionCode::None && !insn.is_jcc_short_or_near();
-    if !(stub || is_plain(insn.mnemonic()) || conditional) {
-        return None;
-    }
+/// What an instruction does that is either plain or runs on the host as it is.
+pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<Copyable> {
     let memory_at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
     let operands = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
         OpKind::Register => {
@@ -267,8 +264,8 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction, stub: bool
             None => *copyable.carried.iter_mut().find(|c| c.is_none())? = Some(carried),
         }
     }
-    copyable.vectors |= (0..insn.op_count())
-        .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register());
+    copyable.vectors |=
+        (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register());
     let defined = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & STATUS;
     let by_cl = (0..insn.op_count())
         .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::CL && i != 0);
@@ -292,6 +289,25 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction, stub: bool
     let none = shift && !by_cl && insn.try_immediate(insn.op_count() - 1).is_ok_and(|i| i as u8 & 31 == 0);
     copyable.flags_in = read || (copyable.flags_out && (undefined_matters || by_cl || none));
     Some(copyable)
+}
+
+/// Instructions that do nothing.
+pub fn is_nop(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Reservednop
+    )
 }
 
 const LOW_BYTES: [Register; 16] = [
