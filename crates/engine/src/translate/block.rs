@@ -1,8 +1,7 @@
 //! From a decoded block to host code.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
-    Register,
+    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, OpKind, Register,
 };
 
 use super::{
@@ -27,7 +26,7 @@ pub struct Translator {
     emitter: Emitter,
     info: InstructionInfoFactory,
     encoder: Encoder,
-    outlines: Vec<Outline>,
+    pub(super) outlines: Vec<Outline>,
     pub features: FeatureSet,
     bmi2: bool,
 }
@@ -55,7 +54,7 @@ fn host_has_bmi2() -> bool {
 }
 
 /// Code that is rarely run, behind the block.
-enum Outline {
+pub(super) enum Outline {
     /// A memory access that missed.
     Slow {
         /// With `linear ^ tag` in T0 and the entry in T1; with the address in T0.
@@ -65,6 +64,12 @@ enum Outline {
         site: u64,
         table: i32,
         flags: bool,
+    },
+    /// An instruction for the interpreter after all, in the middle of the block.
+    Interpret {
+        from: Label,
+        done: Label,
+        site: u64,
     },
     /// An instruction that ends the block, or is left to the interpreter after all.
     Last {
@@ -96,21 +101,21 @@ enum Outline {
 
 /// Where the status flags are; at least one of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Flags {
-    memory: bool,
-    host: bool,
+pub(super) struct Flags {
+    pub memory: bool,
+    pub host: bool,
 }
 
-struct Work<'a> {
+pub(super) struct Work<'a> {
     stubs: &'a mut StubCache,
-    t: &'a mut Translator,
+    pub(super) t: &'a mut Translator,
     thunks: Thunks,
     block: *const Block,
     /// Offset of the block in its page.
-    start: i64,
+    pub(super) start: i64,
     /// Offset of this translation in the code buffer.
     at: usize,
-    flags: Flags,
+    pub(super) flags: Flags,
     /// What the vectors' state is known to allow.
     vectors: u32,
 }
@@ -122,6 +127,8 @@ enum Flow {
     Ended,
 }
 
+/// The host register of the guest's stack pointer.
+pub(super) const STACK: u8 = 15;
 const SEG_BASE: usize = std::mem::offset_of!(Cpu, seg_base);
 const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
 const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
@@ -193,7 +200,7 @@ impl Cpu {
 }
 
 impl Work<'_> {
-    fn e(&mut self) -> &mut Emitter {
+    pub(super) fn e(&mut self) -> &mut Emitter {
         &mut self.t.emitter
     }
 
@@ -251,14 +258,14 @@ impl Work<'_> {
         Flow::On
     }
 
-    fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {
+    pub(super) fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {
         Site { block: self.block, index, bytes, write }.pack().expect("blocks are in the lower half and short")
     }
 
     // ---- Flags ----
 
     /// Flags to memory, if they are only in the host's. Uses RAX; the host's flags stay.
-    fn pack(&mut self) {
+    pub(super) fn pack(&mut self) {
         if !self.flags.memory {
             // LAHF; SETO AL; MOV [flags], AX
             self.e().raw(&[0x9f, 0x0f, 0x90, 0xc0]);
@@ -278,7 +285,7 @@ impl Work<'_> {
     // ---- Memory ----
 
     /// The linear address of a memory operand, in T0. Uses T1 and the host's flags.
-    fn address(&mut self, op: &Uop, insn_disp: i64) -> Option<()> {
+    pub(super) fn address(&mut self, op: &Uop, insn_disp: i64) -> Option<()> {
         let (base, index) = (usize::from(op.base), usize::from(op.index));
         if op.asz != address::LONG {
             return None;
@@ -296,7 +303,7 @@ impl Work<'_> {
     }
 
     /// `to` = base + index << scale + disp. Uses T0 and T1; leaves flags alone.
-    fn offset(&mut self, base: usize, index: usize, scale: u8, disp: i32, to: u8) {
+    pub(super) fn offset(&mut self, base: usize, index: usize, scale: u8, disp: i32, to: u8) {
         let e = &mut self.t.emitter;
         let base = match base {
             slot::ZERO => None,
@@ -363,7 +370,7 @@ impl Work<'_> {
 
     /// The address of an operand of `bytes` bytes on the host, in T0. `done` is where the interpreter goes on if it
     /// did the instruction; `flags`: flags are expected in the host's there.
-    fn access(&mut self, index: usize, bytes: u64, write: bool, align: u64, done: Label) {
+    pub(super) fn access(&mut self, index: usize, bytes: u64, write: bool, align: u64, done: Label) {
         let site = self.site(index, bytes, write);
         if align > 1 {
             // TEST AL, align - 1
@@ -471,7 +478,7 @@ impl Work<'_> {
         true
     }
 
-    fn addressable(&self, op: &Uop) -> bool {
+    pub(super) fn addressable(&self, op: &Uop) -> bool {
         let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
         op.asz == address::LONG && i32::try_from(disp).is_ok()
     }
@@ -502,6 +509,7 @@ impl Work<'_> {
             let register = insn.op_register(i);
             let guest = register.full_register().number();
             let host = match HOST[guest] {
+                Some(_) if guest == 0 && found.high => 0,
                 Some(host) => host,
                 None => carried.iter().find(|(c, _)| usize::from(c.guest) == guest)?.1,
             };
@@ -510,11 +518,14 @@ impl Work<'_> {
         if has_memory {
             insn.set_memory_base(if memory == T1 { Register::R11 } else { Register::RAX });
         }
-        self.t.encoder.encode(insn, 0).ok()?;
-        Some((self.t.encoder.take_buffer(), Place { memory, carried }))
+        let encoded = self.t.encoder.encode(insn, 0);
+        // Also what a failed attempt left there: AH and its like cannot go with registers that want a REX prefix.
+        let bytes = self.t.encoder.take_buffer();
+        encoded.ok()?;
+        Some((bytes, Place { memory, carried }))
     }
 
-    fn want_vectors(&mut self, wanted: u32, at: i32) {
+    pub(super) fn want_vectors(&mut self, wanted: u32, at: i32) {
         if self.vectors & wanted != 0 {
             return;
         }
@@ -527,84 +538,6 @@ impl Work<'_> {
         let back = self.e().mark();
         self.t.outlines.push(Outline::Vectors { from, back, at, wanted });
         self.vectors |= wanted;
-    }
-
-    // ---- Instructions with code of their own ----
-
-    fn special(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
-        match insn.code() {
-            Code::Push_r64 => self.push(op, index),
-            Code::Pop_r64 => self.pop(op, index),
-            Code::Leaveq => self.leave_frame(index),
-            Code::Lea_r32_m | Code::Lea_r64_m => self.lea(insn, op),
-            _ => operand::is_nop(insn.mnemonic()),
-        }
-    }
-
-    fn lea(&mut self, insn: &Instruction, op: &Uop) -> bool {
-        let size = insn.op0_register().size();
-        if size < 4 || !self.addressable(op) {
-            return false;
-        }
-        let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
-        let guest = op.dst / 8;
-        let to = HOST[usize::from(guest)].unwrap_or(T0);
-        self.offset(usize::from(op.base), usize::from(op.index), op.scale, disp as i32, to);
-        if size == 4 {
-            self.e().mov32(to, to);
-        }
-        if to == T0 {
-            self.e().store(T0, gpr(guest));
-        }
-        true
-    }
-
-    const STACK: u8 = 15;
-
-    fn push(&mut self, op: &Uop, index: usize) -> bool {
-        self.pack();
-        self.e().lea(T0, Mem::Base(Self::STACK, -8));
-        let done = self.e().label();
-        self.access(index, 8, true, 1, done);
-        let guest = op.src / 8;
-        let value = HOST[usize::from(guest)].unwrap_or_else(|| {
-            self.e().load(T1, gpr(guest));
-            T1
-        });
-        self.e().store(value, Mem::Base(T0, 0));
-        self.e().lea(Self::STACK, Mem::Base(Self::STACK, -8));
-        self.e().bind(done);
-        true
-    }
-
-    fn pop(&mut self, op: &Uop, index: usize) -> bool {
-        self.pack();
-        self.e().mov(T0, Self::STACK);
-        let done = self.e().label();
-        self.access(index, 8, false, 1, done);
-        let guest = op.dst / 8;
-        self.e().lea(Self::STACK, Mem::Base(Self::STACK, 8));
-        match HOST[usize::from(guest)] {
-            Some(host) => self.e().load(host, Mem::Base(T0, 0)),
-            None => {
-                self.e().load(T1, Mem::Base(T0, 0));
-                self.e().store(T1, gpr(guest));
-            }
-        }
-        self.e().bind(done);
-        true
-    }
-
-    fn leave_frame(&mut self, index: usize) -> bool {
-        const FRAME: u8 = 5;
-        self.pack();
-        self.e().mov(T0, FRAME);
-        let done = self.e().label();
-        self.access(index, 8, false, 1, done);
-        self.e().lea(Self::STACK, Mem::Base(FRAME, 8));
-        self.e().load(FRAME, Mem::Base(T0, 0));
-        self.e().bind(done);
-        true
     }
 
     // ---- Control flow ----
@@ -747,13 +680,13 @@ impl Work<'_> {
             }
             FlowControl::Return if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => {
                 self.pack();
-                self.e().mov(T0, Self::STACK);
+                self.e().mov(T0, STACK);
                 let done = self.e().label();
                 self.access(index, 8, false, 1, done);
                 self.e().bind(done);
                 self.e().load(T0, Mem::Base(T0, 0));
                 self.check_canonical(index);
-                self.e().lea(Self::STACK, Mem::Base(Self::STACK, 8 + op.imm as i32));
+                self.e().lea(STACK, Mem::Base(STACK, 8 + op.imm as i32));
                 self.jump_to();
                 Some(Flow::Ended)
             }
@@ -776,14 +709,14 @@ impl Work<'_> {
 
     /// Pushes the return address, which is `next` bytes from the page's start.
     fn push_return(&mut self, index: usize, next: i64) {
-        self.e().lea(T0, Mem::Base(Self::STACK, -8));
+        self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
         self.access(index, 8, true, 1, done);
         self.e().bind(done);
         self.e().load(T1, PAGE);
         self.e().lea(T1, Mem::Base(T1, next as i32));
         self.e().store(T1, Mem::Base(T0, 0));
-        self.e().lea(Self::STACK, Mem::Base(Self::STACK, -8));
+        self.e().lea(STACK, Mem::Base(STACK, -8));
     }
 
     // ---- Outlines ----
@@ -804,6 +737,12 @@ impl Work<'_> {
                     if flags {
                         unpack_flags(e);
                     }
+                    e.jmp(done);
+                }
+                Outline::Interpret { from, done, site } => {
+                    e.bind(from);
+                    e.constant(T1, site);
+                    e.call_address(thunks.careful);
                     e.jmp(done);
                 }
                 Outline::Last { from, site } => {

@@ -13,6 +13,7 @@ pub mod cc {
     pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
 }
 
@@ -73,10 +74,6 @@ impl Emitter {
         let label = self.label();
         self.bind(label);
         label
-    }
-
-    pub fn offset_of(&self, label: Label) -> usize {
-        self.labels[label.0] as usize
     }
 
     /// Fills in all jumps. Every label that is used was bound.
@@ -201,10 +198,6 @@ impl Emitter {
         self.rm(true, &[0x89], reg, mem);
     }
 
-    pub fn store32(&mut self, reg: u8, mem: Mem) {
-        self.rm(false, &[0x89], reg, mem);
-    }
-
     pub fn mov(&mut self, to: u8, from: u8) {
         if to != from {
             self.rr(true, &[0x89], from, to);
@@ -272,11 +265,6 @@ impl Emitter {
         self.raw(&[imm]);
     }
 
-    pub fn store_byte(&mut self, mem: Mem, imm: u8) {
-        self.rm(false, &[0xc6], 0, mem);
-        self.raw(&[imm]);
-    }
-
     /// SHL (4), SHR (5), SAR (7) by an immediate.
     pub fn shift(&mut self, wide: bool, which: u8, reg: u8, count: u8) {
         self.rex(wide, 0, 0, reg, false);
@@ -299,9 +287,5 @@ impl Emitter {
 
     pub fn jmp_mem(&mut self, mem: Mem) {
         self.rm(false, &[0xff], 4, mem);
-    }
-
-    pub fn call_mem(&mut self, mem: Mem) {
-        self.rm(false, &[0xff], 2, mem);
     }
 }

@@ -139,6 +139,16 @@ pub unsafe extern "sysv64" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
     }
 }
 
+/// The same where translated code relies on the vectors being where they were.
+pub unsafe extern "sysv64" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    unsafe {
+        let done = interpret(cpu, site);
+        (*cpu).keep_vectors();
+        done
+    }
+}
+
 /// An instruction that ends its block.
 pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) {
     // SAFETY: as in `slow`.

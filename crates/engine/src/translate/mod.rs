@@ -21,6 +21,7 @@ pub mod code;
 pub mod emit;
 pub mod leave;
 mod operand;
+mod special;
 mod thunks;
 
 use std::sync::atomic::AtomicU32;

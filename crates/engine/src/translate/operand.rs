@@ -25,8 +25,10 @@ pub struct Copyable {
     pub bytes: u64,
     /// Guest registers in memory that are named, and whether they are read and written.
     pub carried: [Option<Carried>; 2],
-    /// RAX takes part without being named.
+    /// RAX takes part as itself: without being named, or as AH.
     pub accumulator: bool,
+    /// AH is named.
+    pub high: bool,
     /// Flags must be in the host's: some are read, or some are kept.
     pub flags_in: bool,
     pub flags_out: bool,
@@ -214,11 +216,13 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     let named: u16 = (0..insn.op_count())
         .filter(|&i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr())
         .fold(0, |all, i| all | 1 << insn.op_register(i).full_register().number());
+    let high = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::AH);
     let mut copyable = Copyable {
         touch,
         bytes: if touch == Touch::None { 1 } else { insn.memory_size().size() as u64 },
         carried: [None; 2],
-        accumulator: false,
+        accumulator: high,
+        high,
         flags_in: false,
         flags_out: false,
         vectors: false,

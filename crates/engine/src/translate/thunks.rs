@@ -40,6 +40,8 @@ pub struct Thunks {
     pub last: u64,
     /// Call: R11 is the site of an instruction for the interpreter.
     pub interpret: u64,
+    /// Call: the same, with vectors in registers again afterwards if they were there before.
+    pub careful: u64,
     /// Call: a memory access at RAX that the TLB does not know; R11 is its site. Comes back with the host's address in
     /// RAX and ZF clear, or with ZF set when the instruction is done.
     pub slow: u64,
@@ -196,10 +198,18 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.load_registers();
     m.e.ret();
 
+    thunks.careful = m.entry();
+    m.store_registers();
+    m.store_vectors(false);
+    m.call(leave::careful as *const () as u64);
+    let reload = m.e.label();
+    m.e.jmp(reload);
+
     thunks.slow = m.entry();
     m.store_registers();
     m.store_vectors(false);
     m.call(leave::slow as *const () as u64);
+    m.e.bind(reload);
     m.e.group1(true, 7, T0, 1);
     m.e.jcc(cc::E, dropped);
     let none = m.e.label();
