@@ -152,8 +152,9 @@ impl BlockCache {
         if slab == self.blocks.len() {
             self.blocks.push(Box::new_uninit_slice(SLAB));
         }
-        // Where code changes again and again, translating it is wasted more and more often.
+        // Where code changes again and again, translating it is wasted more and more often: unless it is asked for.
         let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c / 4).min(10));
+        let changes = if self.promote == 1 { 0 } else { changes };
         let block = self.blocks[slab][self.block_count % SLAB].write(Block {
             code: self.code.thunks.leave_block as *const u8,
             entry: 0,

@@ -37,15 +37,17 @@ impl FeatureClass {
             .cpuid_features()
             .iter()
             .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387));
+        // CVTTSD2SI of memory to a general register names no vector and is an SSE instruction all the same.
+        let vectors = vectors || uses_mxcsr(insn);
         match (insn.encoding() == EncodingKind::VEX, vectors, mmx) {
             _ if insn.mnemonic() == Mnemonic::Wait => Self::Wait,
             _ if x87 || insn.mnemonic() == Mnemonic::Fisttp => Self::X87,
             (true, true, _) => Self::Avx,
             (true, false, _) => Self::VexInteger,
             // Conversions between MMX and SSE operands, be the latter in memory.
-            (false, _, true) if vectors || uses_mxcsr(insn) => Self::SseMmx,
+            (false, true, true) => Self::SseMmx,
             (false, true, false) => Self::Sse,
-            (false, _, true) => Self::Mmx,
+            (false, false, true) => Self::Mmx,
             (false, false, false) => Self::Integer,
         }
     }

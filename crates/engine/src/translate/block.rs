@@ -431,6 +431,7 @@ impl Work<'_> {
 
         let wanted = match class {
             FeatureClass::Avx => vectors::AVX,
+            FeatureClass::Sse => vectors::SSE,
             _ if found.vectors => vectors::SSE,
             _ => 0,
         };

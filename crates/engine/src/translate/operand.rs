@@ -204,6 +204,12 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     if bit && memory_at.is_some() && insn.op_kind(1) == OpKind::Register {
         return None;
     }
+    let named: u16 = (0..insn.op_count())
+        .filter(|&i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr())
+        .fold(0, |all, i| all | 1 << insn.op_register(i).full_register().number());
+    if named & 1 != 0 && has_hidden_accumulator(info, insn)? {
+        return None;
+    }
     let found = info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
     let touch = match memory_at.map(|at| found.op_access(at)) {
         None | Some(OpAccess::None | OpAccess::NoMemAccess) => Touch::None,
@@ -213,9 +219,6 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     if memory_at.is_some() && touch == Touch::None {
         return None;
     }
-    let named: u16 = (0..insn.op_count())
-        .filter(|&i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr())
-        .fold(0, |all, i| all | 1 << insn.op_register(i).full_register().number());
     let high = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::AH);
     let mut copyable = Copyable {
         touch,
@@ -293,6 +296,20 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     let none = shift && !by_cl && insn.try_immediate(insn.op_count() - 1).is_ok_and(|i| i as u8 & 31 == 0);
     copyable.flags_in = read || (copyable.flags_out && (undefined_matters || by_cl || none));
     Some(copyable)
+}
+
+/// Whether RAX takes part besides being named, as in MUL RAX and CMPXCHG RCX, RAX.
+fn has_hidden_accumulator(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<bool> {
+    const OTHER: u8 = 8;
+    let mut other = *insn;
+    for i in 0..insn.op_count() {
+        if insn.op_kind(i) == OpKind::Register && insn.op_register(i).full_register() == Register::RAX {
+            let high = insn.op_register(i) == Register::AH;
+            other.set_op_register(i, if high { Register::BH } else { renamed(insn.op_register(i), OTHER)? });
+        }
+    }
+    let found = info.info_options(&other, InstructionInfoOptions::NO_MEMORY_USAGE);
+    Some(found.used_registers().iter().any(|used| used.register().full_register() == Register::RAX))
 }
 
 /// Instructions that do nothing.

@@ -25,6 +25,13 @@ pub struct Interpreter {
     start: CpuState,
     features: FeatureSet,
     _engine: Arc<SoftEngine>,
+    /// Runs of a block before it is translated, 0 for never.
+    promote: u32,
+    /// Vectors whose handlers have been decoded.
+    heard: [bool; 256],
+    /// Cases whose block was translated when it ran, and ops of them that were left to the interpreter.
+    pub translated: u64,
+    pub left: u64,
 }
 
 /// Hears which vector was taken.
@@ -64,19 +71,50 @@ const CODE_AT: u64 = 0x3_0000;
 const DATA_AT: [u64; 2] = [0x3_4000, 0x3_2000];
 
 impl Interpreter {
-    pub fn new() -> Result<Self, Box<dyn Error>> {
+    /// With `promote` as of [`SoftEngine::promoting`]: 0 interprets, 1 translates whatever is run.
+    pub fn promoting(promote: u32) -> Result<Self, Box<dyn Error>> {
         let memory = GuestMemory::new(2 << 20, 0xc000_0000)?;
         lay_out(&memory)?;
-        let engine = SoftEngine::new(&memory)?;
+        let engine = SoftEngine::promoting(&memory, promote)?;
         let cpuid = engine.supported_cpuid()?;
         let features = FeatureSet::from_cpuid(&cpuid);
         let vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid })?;
         let bus = Arc::new(Vectors { taken: AtomicU32::new(NONE), kick: OnceLock::new() });
         let _ = bus.kick.set(vcpu.kicker());
-        Ok(Self { memory, vcpu, bus, start: user_state(), features, _engine: engine })
+        Ok(Self {
+            memory,
+            vcpu,
+            bus,
+            start: user_state(),
+            features,
+            _engine: engine,
+            promote,
+            heard: [false; 256],
+            translated: 0,
+            left: 0,
+        })
     }
 
-    fn run(&mut self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
+    fn figure(&self, name: &str) -> u64 {
+        self.vcpu.stats().exits.get(name).copied().unwrap_or(0)
+    }
+
+    pub fn run(&mut self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
+        let before = (self.figure("translated_blocks"), self.figure("translated_interpreted"));
+        let outcome = self.run_once(case)?;
+        let blocks = self.figure("translated_blocks") - before.0;
+        let vector = usize::from(outcome.vector.unwrap_or(3));
+        // A handler that runs for the first time is translated then, too.
+        let new = u64::from(!std::mem::replace(&mut self.heard[vector], true));
+        self.translated += u64::from(blocks > new);
+        self.left += self.figure("translated_interpreted") - before.1;
+        if self.promote == 1 && case.mode == Mode::Bits64 && !crosses_pages(case) && !is_bad_fetch(&outcome) {
+            assert!(blocks > 0, "not translated: {:02x?}", case.code);
+        }
+        Ok(outcome)
+    }
+
+    fn run_once(&mut self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
         let mut code = [0xcc; 0x1000];
         let at = (case.state.rip - CODE) as usize;
         code[at..at + case.code.len()].copy_from_slice(&case.code);
@@ -135,6 +173,16 @@ impl Interpreter {
         }
         Ok(Outcome { vector: (vector != 3).then_some(vector), state: after, memory })
     }
+}
+
+/// An instruction over a page's end is a block of its own, which is interpreted.
+fn crosses_pages(case: &Case) -> bool {
+    case.state.rip & 0xfff > 0x1000 - 15
+}
+
+/// The first instruction was not even decoded.
+fn is_bad_fetch(outcome: &Outcome) -> bool {
+    outcome.vector == Some(14) && outcome.state.rip & !0xfff != CODE
 }
 
 impl Executor for Interpreter {
