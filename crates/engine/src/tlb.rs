@@ -57,12 +57,27 @@ pub struct DataSet {
     /// there must drop them all.
     large_2m: [u64; 16],
     large_1g: [u64; 16],
+    /// Which chunks of the tables have entries: a flush looks at no others.
+    used_read: u64,
+    used_write: u64,
 }
+
+/// Entries that one bit of a set's `used` words stands for.
+const CHUNK: usize = ENTRIES / 64;
 
 /// Which entry a linear address uses.
 #[inline(always)]
 pub const fn index(linear: u64) -> usize {
     (linear >> 12) as usize & (ENTRIES - 1)
+}
+
+/// The bits that are set, lowest first.
+fn bits(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
+        word &= word - 1;
+        Some(bit)
+    })
 }
 
 fn region_bit(linear: u64, shift: u32) -> (usize, u64) {
@@ -72,8 +87,11 @@ fn region_bit(linear: u64, shift: u32) -> (usize, u64) {
 
 impl DataSet {
     fn flush(&mut self) {
-        for table in [&mut self.read, &mut self.write] {
-            table.copy_from_slice(&NO_ENTRIES);
+        for (table, used) in [(&mut self.read, &mut self.used_read), (&mut self.write, &mut self.used_write)] {
+            for chunk in bits(std::mem::take(used)) {
+                let range = chunk * CHUNK..(chunk + 1) * CHUNK;
+                table[range.clone()].copy_from_slice(&NO_ENTRIES[range]);
+            }
         }
         self.large_2m.fill(0);
         self.large_1g.fill(0);
@@ -82,8 +100,11 @@ impl DataSet {
     pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, page_shift: u32) {
         let page = linear & !PAGE_MASK;
         let entry = Entry { tag: page, host: host as u64 };
-        let table = if write { &mut self.write } else { &mut self.read };
-        table[index(linear)] = entry;
+        let at = index(linear);
+        let (table, used) =
+            if write { (&mut self.write, &mut self.used_write) } else { (&mut self.read, &mut self.used_read) };
+        table[at] = entry;
+        *used |= 1 << (at / CHUNK);
         if page_shift > 12 {
             let (bits, shift) = if page_shift > 22 { (&mut self.large_1g, 30) } else { (&mut self.large_2m, 21) };
             let (word, bit) = region_bit(linear, shift);
@@ -111,10 +132,12 @@ impl DataSet {
     /// Drops the write entries that lead to this host page; whether there were any.
     fn forbid_writes(&mut self, host: *mut u8) -> bool {
         let mut any = false;
-        for (i, entry) in self.write.iter_mut().enumerate() {
-            if entry.host == host as u64 {
-                *entry = Entry::invalid(i);
-                any = true;
+        for chunk in bits(self.used_write) {
+            for at in chunk * CHUNK..(chunk + 1) * CHUNK {
+                if self.write[at].host == host as u64 {
+                    self.write[at] = Entry::invalid(at);
+                    any = true;
+                }
             }
         }
         any
@@ -140,6 +163,9 @@ pub struct Jump {
 pub struct CodeSet {
     pub jumps: [Jump; JUMP_ENTRIES],
     pages: [CodeEntry; CODE_ENTRIES],
+    /// Which groups of jumps, and which chunks of pages, have entries.
+    used_jumps: u64,
+    used_pages: u64,
     large: bool,
 }
 
@@ -152,13 +178,18 @@ const fn jump_index(linear: u64) -> usize {
 
 impl CodeSet {
     fn flush(&mut self) {
-        self.pages.fill(CodeEntry { tag: INVALID, gpa: 0 });
+        const CHUNK: usize = CODE_ENTRIES / 64;
+        for chunk in bits(std::mem::take(&mut self.used_pages)) {
+            self.pages[chunk * CHUNK..(chunk + 1) * CHUNK].fill(CodeEntry { tag: INVALID, gpa: 0 });
+        }
         self.flush_jumps();
         self.large = false;
     }
 
     pub fn flush_jumps(&mut self) {
-        self.jumps.fill(NO_JUMP);
+        for group in bits(std::mem::take(&mut self.used_jumps)) {
+            self.jumps[group * 64..(group + 1) * 64].fill(NO_JUMP);
+        }
     }
 
     fn flush_page(&mut self, linear: u64) {
@@ -171,7 +202,10 @@ impl CodeSet {
             entry.tag = INVALID;
         }
         let group = jump_index(page) & !0x3f;
-        self.jumps[group..group + 64].fill(NO_JUMP);
+        if self.used_jumps >> (group / 64) & 1 != 0 {
+            self.jumps[group..group + 64].fill(NO_JUMP);
+            self.used_jumps &= !(1 << (group / 64));
+        }
     }
 
     #[inline(always)]
@@ -182,7 +216,9 @@ impl CodeSet {
 
     pub fn fill(&mut self, linear: u64, gpa: u64, page_shift: u32) {
         let entry = CodeEntry { tag: linear & !PAGE_MASK, gpa: gpa & !PAGE_MASK };
-        self.pages[(linear >> 12) as usize % CODE_ENTRIES] = entry;
+        let at = (linear >> 12) as usize % CODE_ENTRIES;
+        self.pages[at] = entry;
+        self.used_pages |= 1 << (at / (CODE_ENTRIES / 64));
         self.large |= page_shift > 12;
     }
 
@@ -193,7 +229,9 @@ impl CodeSet {
     }
 
     pub fn remember(&mut self, linear: u64, block: *const Block) {
-        self.jumps[jump_index(linear)] = Jump { rip: linear, block };
+        let at = jump_index(linear);
+        self.jumps[at] = Jump { rip: linear, block };
+        self.used_jumps |= 1 << (at / 64);
     }
 }
 
@@ -222,6 +260,12 @@ impl Space {
             }
             Box::from_raw(raw)
         };
+        for set in [&mut space.user, &mut space.supervisor, &mut space.supervisor_ac] {
+            (set.used_read, set.used_write) = (u64::MAX, u64::MAX);
+        }
+        for set in [&mut space.user_code, &mut space.supervisor_code] {
+            (set.used_jumps, set.used_pages) = (u64::MAX, u64::MAX);
+        }
         space.flush();
         space
     }
