@@ -13,7 +13,7 @@ use crate::{
 pub fn measure(vmm: &Vmm, guest: &Guest, work: &Path, memory_mib: u64) -> Result<Vec<Figure>> {
     let ramdisk = work.join("boot.cpio");
     fs::write(&ramdisk, guest.bare_ramdisk())?;
-    let machine = Machine { kernel: &guest.kernel, ramdisk: &ramdisk, memory_mib, disk: None, user_network: false };
+    let machine = Machine::new(&guest.kernel, &ramdisk, memory_mib);
     let finished = vmm.run(&machine)?;
     let ready = finished.line(READY).context("init did not run")?;
     let seconds = |name: &str, value| Figure { name: name.into(), unit: Unit::Seconds, value, by_cpu: None };

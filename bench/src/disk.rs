@@ -63,13 +63,7 @@ pub fn measure(
     let mut figures = Vec::new();
     for format in ["raw", "qcow2"] {
         let disk = scratch(work, format, disk_bytes)?;
-        let machine = Machine {
-            kernel: &guest.kernel,
-            ramdisk: &ramdisk,
-            memory_mib,
-            disk: Some((&disk, format)),
-            user_network: false,
-        };
+        let machine = Machine { disk: Some((&disk, format)), ..Machine::new(&guest.kernel, &ramdisk, memory_mib) };
         let finished = vmm.run(&machine)?;
         let moved = moved(&finished.lines)?;
         ensure!(moved.len() == TESTS.len() + 2, "the guest ran {} tests of {}", moved.len(), TESTS.len() + 2);

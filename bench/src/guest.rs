@@ -34,6 +34,8 @@ pub const FAILED: &str = "bench: failed";
 pub struct Guest {
     pub kernel: PathBuf,
     busybox: Vec<u8>,
+    /// The load program, for the host to run.
+    pub load_path: PathBuf,
     load: Vec<u8>,
     drivers: Vec<(&'static str, Vec<u8>)>,
 }
@@ -46,8 +48,9 @@ impl Guest {
         let drivers = DRIVERS.iter().filter_map(|name| Some((*name, driver(&modules, name)?)));
         let drivers = drivers.map(|(name, data)| Ok((name, data?))).collect::<Result<_>>()?;
         let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-        let load = read(&build_load()?)?;
-        Ok(Self { busybox: read(&busybox)?, load, drivers, kernel: kernel.canonicalize()? })
+        let load_path = build_load()?;
+        let load = read(&load_path)?;
+        Ok(Self { busybox: read(&busybox)?, load, load_path, drivers, kernel: kernel.canonicalize()? })
     }
 
     /// A ramdisk that says [`READY`] and powers off, and has nothing more in it than that needs.
@@ -81,7 +84,7 @@ impl Guest {
 
 fn base(busybox: &[u8]) -> Archive {
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "sys", "drivers"] {
+    for folder in ["bin", "dev", "proc", "sys", "tmp", "drivers"] {
         archive.folder(folder);
     }
     archive.character_device("dev/console", (5, 1));

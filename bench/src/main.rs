@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod boot;
+mod comparison;
 mod cpio;
 mod disk;
 mod guest;
@@ -10,7 +11,9 @@ mod net;
 mod packages;
 mod process;
 mod report;
+mod smp;
 mod vmm;
+mod work;
 
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
@@ -18,14 +21,21 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 
 use self::{
+    comparison::{Comparison, NATIVE},
     guest::Guest,
     report::Report,
     vmm::{Accel, Qemu, Vmm},
+    work::{Setting, Workload},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Suite {
+    /// From nothing to the first user process
     Boot,
+    /// Programs of all kinds, on the host as well
+    Work,
+    /// Two vCPUs against one
+    Smp,
     Disk,
     Net,
 }
@@ -34,11 +44,17 @@ enum Suite {
 #[derive(Parser)]
 struct Args {
     /// What to measure
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "boot,disk,net")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "boot,work,smp,disk,net")]
     suite: Vec<Suite>,
     /// Rounds; each runs Vireo and QEMU one after the other, and medians count
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Workloads to run, by name or group [default: all]
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Leave out the host itself, whose results all others are compared with
+    #[arg(long)]
+    no_native: bool,
     /// The vireo binary [default: vireo beside this program]
     #[arg(long)]
     vireo: Option<PathBuf>,
@@ -63,7 +79,7 @@ struct Args {
     /// Size of the scratch disks in MiB
     #[arg(long, default_value_t = 512)]
     disk_size: u64,
-    /// How much is moved: 2 moves twice the bytes of each test
+    /// How much is done: 2 moves twice the bytes of each test, and does everything twice as often
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
     /// Where downloads are kept and scratch disks are made
@@ -90,12 +106,28 @@ fn run(args: &Args) -> Result<()> {
     let guest = Guest::prepare(&work, args.kernel.clone().zip(args.modules.clone()), args.busybox.clone())?;
     let vmms = vmms(args)?;
     let mut report = Report::new(&vmms, &guest, args.rounds);
+    let setting = Setting { guest: &guest, work: &work, memory_mib: args.memory, scale: args.scale };
+    let wanted = |workload: &Workload| {
+        let named = || args.only.iter().any(|word| *word == workload.name || *word == workload.group);
+        workload.group != smp::GROUP && (args.only.is_empty() || named())
+    };
+    let workloads = work::list(&guest.load_path, wanted)?;
+    let mut comparison = Comparison::new(workloads.clone(), vmms.iter().map(Vmm::name).collect());
     for round in 1..=args.rounds {
         for suite in &args.suite {
+            if *suite == Suite::Work && !args.no_native {
+                eprintln!("round {round}/{}: {suite:?} on the host", args.rounds);
+                comparison.add(NATIVE, work::native(&guest.load_path, &workloads, args.scale)?);
+            }
             for vmm in &vmms {
                 eprintln!("round {round}/{}: {suite:?} on {}", args.rounds, vmm.name());
                 let figures = match suite {
                     Suite::Boot => boot::measure(vmm, &guest, &work, args.memory),
+                    Suite::Work => work::in_guest(vmm, &setting, &workloads, 1).map(|done| {
+                        comparison.add(vmm.name(), done.outcomes);
+                        vec![report::memory("workloads", done.outside_guest_bytes)]
+                    }),
+                    Suite::Smp => smp::measure(vmm, &setting),
                     Suite::Disk => disk::measure(vmm, &guest, &work, args.memory, args.disk_size << 20, args.scale),
                     Suite::Net => net::measure(vmm, &guest, &work, args.memory, args.scale),
                 };
@@ -103,10 +135,21 @@ fn run(args: &Args) -> Result<()> {
             }
         }
     }
-    print!("{}", report.table());
+    if !report.is_empty() {
+        print!("{}", report.table());
+    }
+    let mut all = report.json();
+    if args.suite.contains(&Suite::Work) {
+        print!("{}", comparison.table());
+        all["work"] = comparison.json();
+    }
     let json = args.json.clone().unwrap_or_else(|| work.join("results.json"));
-    fs::write(&json, format!("{:#}\n", report.json())).with_context(|| format!("cannot write {}", json.display()))?;
+    fs::write(&json, format!("{all:#}\n")).with_context(|| format!("cannot write {}", json.display()))?;
     eprintln!("all figures: {}", json.display());
+    let failures: Vec<_> = comparison.failures().collect();
+    if !failures.is_empty() {
+        bail!("{} runs of workloads failed:\n{}", failures.len(), failures.join("\n"));
+    }
     Ok(())
 }
 

@@ -44,7 +44,7 @@ pub fn measure(vmm: &Vmm, guest: &Guest, work: &Path, memory_mib: u64, scale: f6
     });
     let ramdisk = work.join("net.cpio");
     fs::write(&ramdisk, guest.ramdisk(&script(port, scale)))?;
-    let machine = Machine { kernel: &guest.kernel, ramdisk: &ramdisk, memory_mib, disk: None, user_network: true };
+    let machine = Machine { user_network: true, ..Machine::new(&guest.kernel, &ramdisk, memory_mib) };
     let finished = vmm.run(&machine)?;
     let moved = moved(&finished.lines)?;
     ensure!(moved.len() == 3, "the guest ran {} tests of 3", moved.len());

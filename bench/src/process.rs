@@ -10,12 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 /// How often memory is looked at.
 const SAMPLE_EVERY: Duration = Duration::from_millis(200);
-/// Guests that take longer hang.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// A guest that says nothing for so long hangs.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 pub struct Line {
     pub at: Instant,
@@ -32,6 +32,8 @@ pub struct Finished {
     /// Resident memory outside the mapping of guest RAM, at most.
     pub outside_guest_bytes: u64,
     pub lines: Vec<Line>,
+    /// Or why it did not end as it should.
+    pub ended: Result<(), String>,
 }
 
 impl Finished {
@@ -75,7 +77,7 @@ pub fn run(command: &mut Command, guest_bytes: u64) -> Result<Finished> {
         let _ = complaints.read_to_string(&mut text);
         text
     });
-    let (mut lines, mut outside) = (Vec::new(), 0);
+    let (mut lines, mut outside, mut hung) = (Vec::new(), 0, false);
     loop {
         outside = outside.max(outside_guest(pid, guest_bytes));
         let next = Instant::now() + SAMPLE_EVERY;
@@ -89,18 +91,25 @@ pub fn run(command: &mut Command, guest_bytes: u64) -> Result<Finished> {
         if over {
             break;
         }
-        if started.elapsed() > PATIENCE {
-            bail!("{program} did not end within {} seconds; its console:\n{}", PATIENCE.as_secs(), tail(&lines));
+        if lines.last().map_or(started, |line| line.at).elapsed() > PATIENCE {
+            hung = true;
+            running.0.kill()?;
+            break;
         }
     }
     let _ = reader.join();
+    lines.extend(receive.try_iter());
     let (status, cpu) = wait(pid)?;
     let wall = started.elapsed();
     let words = words.join().unwrap_or_default();
-    if !status.success() {
-        bail!("{program} ended with {status}: {}\nits console:\n{}", words.trim(), tail(&lines));
-    }
-    Ok(Finished { started, wall, cpu, outside_guest_bytes: outside, lines })
+    let ended = if hung {
+        Err(format!("{program} said nothing for {} seconds", PATIENCE.as_secs()))
+    } else if !status.success() {
+        Err(format!("{program} ended with {status}: {}", words.trim()))
+    } else {
+        Ok(())
+    };
+    Ok(Finished { started, wall, cpu, outside_guest_bytes: outside, lines, ended })
 }
 
 pub fn tail(lines: &[Line]) -> String {
@@ -122,14 +131,14 @@ fn wait(pid: u32) -> Result<(ExitStatus, Duration)> {
     Ok((ExitStatus::from_raw(status), time(usage.ru_utime) + time(usage.ru_stime)))
 }
 
-/// User and system time from `/proc/PID/stat`, in steps of the kernel's clock tick.
+/// User and system time of all threads, in nanoseconds where `/proc/PID/stat` has steps of the kernel's clock tick.
 fn cpu_so_far(pid: u32) -> Option<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The fields behind the name, which may hold anything; utime and stime are the 14th and 15th of all.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    // USER_HZ is 100 on x86, whatever the kernel's own HZ.
-    Some(Duration::from_millis(ticks * 10))
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: `clock` is alive and writable.
+    let known = unsafe { libc::clock_getcpuclockid(pid as libc::pid_t, &mut clock) } == 0;
+    // SAFETY: `time` is alive and writable.
+    let read = known && unsafe { libc::clock_gettime(clock, &mut time) } == 0;
+    read.then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 /// All resident memory but that of guest RAM, or 0 if the process is gone.
@@ -189,7 +198,9 @@ Rss:                  88 kB
         assert_eq!(said, ["one", "two"]);
         assert!(done.cpu > Duration::from_millis(5) && done.cpu < done.wall * 2, "{:?} of {:?}", done.cpu, done.wall);
         assert!(done.outside_guest_bytes > 100 << 10, "{}", done.outside_guest_bytes);
-        let error = run(Command::new("sh").args(["-c", "echo why >&2; exit 3"]), 1 << 40).err().unwrap();
-        assert!(error.to_string().contains("why"), "{error}");
+        let said = done.lines[1].cpu;
+        assert!(said > Duration::from_millis(5) && said <= done.cpu, "{said:?} of {:?}", done.cpu);
+        let failed = run(Command::new("sh").args(["-c", "echo why >&2; exit 3"]), 1 << 40).unwrap();
+        assert!(failed.ended.is_err_and(|why| why.contains("why")));
     }
 }

@@ -31,6 +31,10 @@ pub enum Unit {
     Seconds,
     MebiBytes,
     MegaBytesPerSecond,
+    /// Times one vCPU's: the more, the better.
+    Gain,
+    /// Times one vCPU's: the less, the better.
+    Loss,
 }
 
 impl Unit {
@@ -39,11 +43,12 @@ impl Unit {
             Self::Seconds => "s",
             Self::MebiBytes => "MiB",
             Self::MegaBytesPerSecond => "MB/s",
+            Self::Gain | Self::Loss => "× 1 vCPU",
         }
     }
 
     fn more_is_better(self) -> bool {
-        self == Self::MegaBytesPerSecond
+        matches!(self, Self::MegaBytesPerSecond | Self::Gain)
     }
 }
 
@@ -65,6 +70,10 @@ pub struct Report {
 }
 
 impl Report {
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     pub fn new(vmms: &[Vmm], guest: &Guest, rounds: usize) -> Self {
         let vmms = vmms.iter().map(|vmm| (vmm.name(), vmm.is_vireo(), vmm.version())).collect();
         let kernel = guest.kernel.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
@@ -136,7 +145,7 @@ impl Report {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

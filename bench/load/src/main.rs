@@ -1,7 +1,11 @@
-//! Makes load in the guest. Linked statically, it runs beside busybox in an initial ramdisk.
+//! Makes load in the guest. Linked statically, it runs beside busybox in an initial ramdisk; its workloads run on
+//! the host as well.
 //!
 //! Every test prints `begin NAME` when it starts and `end NAME BYTES` when it is over, for the host to measure the
-//! time in between on its own clock: a guest's clock is part of what is tested.
+//! time in between on its own clock: a guest's clock is part of what is tested. [`work`] prints more.
+#![allow(unsafe_code)]
+
+mod work;
 
 use std::{
     env,
@@ -24,11 +28,15 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const USAGE: &str = "\
 usage: load disk NAME DEVICE read|write seq|rand BLOCK_BYTES TOTAL_BYTES THREADS
-       load tcp NAME ADDRESS:PORT down|up TOTAL_BYTES";
+       load tcp NAME ADDRESS:PORT down|up TOTAL_BYTES
+       load workloads
+       load work NAME FOLDER SCALE
+       load nothing";
 
 fn main() -> Result<()> {
-    let args: Vec<String> = env::args().skip(1).collect();
+    let args: Vec<String> = env::args().collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (program, args) = args.split_first().ok_or(USAGE)?;
     match args[..] {
         ["disk", name, device, direction, order, block, total, threads] => {
             let pattern = Pattern {
@@ -42,6 +50,12 @@ fn main() -> Result<()> {
         ["tcp", name, server, direction, total] => {
             tcp(name, server, one_of(direction, ["down", "up"])? == 1, total.parse()?)
         }
+        ["workloads"] => {
+            work::list();
+            Ok(())
+        }
+        ["work", name, folder, scale] => work::run(program, name, folder, scale.parse()?),
+        ["nothing"] => Ok(()),
         _ => Err(USAGE.into()),
     }
 }

@@ -1,0 +1,56 @@
+//! Two vCPUs against one: what a second one gains where it can, and costs where it cannot.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    report::{Figure, Unit},
+    vmm::Vmm,
+    work::{self, Setting, Taken, Workload},
+};
+
+/// Workloads that run here only.
+pub const GROUP: &str = "smp";
+const ALONE: &str = "compute-alone";
+/// Twice the work, on two threads.
+const TWICE: &str = "compute-twice";
+/// Work that a second vCPU should not make slower.
+const SINGLE: [&str; 3] = ["fork", "clock", "pipe-turns"];
+
+pub fn measure(vmm: &Vmm, setting: &Setting<'_>) -> Result<Vec<Figure>> {
+    let one = run(vmm, setting, ALONE, 1)?;
+    let two = run(vmm, setting, TWICE, 2)?;
+    let (alone, twice) = (&one[ALONE], &two[TWICE]);
+    if alone.result != twice.result {
+        bail!("{TWICE} came to {} instead of {}", twice.result, alone.result);
+    }
+    let cost = |taken: &Taken| taken.cpu.as_secs_f64();
+    let mut figures = vec![Figure {
+        name: "2 vCPUs: two threads, throughput".into(),
+        unit: Unit::Gain,
+        value: 2.0 * alone.host_wall.as_secs_f64() / twice.host_wall.as_secs_f64(),
+        by_cpu: Some(2.0 * cost(alone) / cost(twice)),
+    }];
+    for name in SINGLE {
+        let (one, two) = (&one[name], &two[name]);
+        figures.push(Figure {
+            name: format!("2 vCPUs: {name}, time"),
+            unit: Unit::Loss,
+            value: two.host_wall.as_secs_f64() / one.host_wall.as_secs_f64(),
+            by_cpu: Some(cost(two) / cost(one)),
+        });
+    }
+    Ok(figures)
+}
+
+fn run(vmm: &Vmm, setting: &Setting<'_>, compute: &str, cpus: u32) -> Result<BTreeMap<String, Taken>> {
+    let workload = |name: &str| Workload { group: String::new(), name: name.into() };
+    let workloads: Vec<_> = [compute].iter().chain(&SINGLE).map(|name| workload(name)).collect();
+    let outcomes = work::in_guest(vmm, setting, &workloads, cpus)?.outcomes;
+    let taken = outcomes.into_iter().map(|(name, outcome)| {
+        let taken = outcome.map_err(anyhow::Error::msg).with_context(|| format!("{name} with {cpus} vCPUs"))?;
+        Ok((name, taken))
+    });
+    taken.collect()
+}
