@@ -332,16 +332,16 @@ impl Cpu {
     /// Points `data` and `system_data` at the right TLB sets.
     pub fn select_sets(&mut self) {
         let ac = self.rflags & rflags::AC != 0 && self.cr4 & cr4::SMAP != 0;
+        self.system_data = &raw mut self.tlb.kernel.data;
         let space = self.tlb.space();
-        self.system_data = &raw mut space.supervisor;
         self.data = if self.cpl == 3 {
             &raw mut space.user
         } else if ac {
             &raw mut space.supervisor_ac
         } else {
-            &raw mut space.supervisor
+            self.system_data
         };
-        self.code = if self.cpl == 3 { &raw const space.user_code } else { &raw const space.supervisor_code };
+        self.code = &raw const *self.tlb.code(self.cpl == 3);
         let watched = self.debug[5] & 0xff != 0
             && (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
         let aligned = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;

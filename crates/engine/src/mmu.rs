@@ -27,6 +27,8 @@ pub struct Translation {
     pub gpa: u64,
     /// Size of the page that the tables gave, as a power of two.
     pub shift: u32,
+    /// The same in all address spaces (CR4.PGE and the entry's G bit).
+    pub global: bool,
 }
 
 mod pte {
@@ -36,6 +38,7 @@ mod pte {
     pub const ACCESSED: u64 = 32;
     pub const DIRTY: u64 = 64;
     pub const LARGE: u64 = 128;
+    pub const GLOBAL: u64 = 256;
     pub const NX: u64 = 1 << 63;
 }
 
@@ -331,7 +334,7 @@ impl Cpu {
         {
             let set: *mut DataSet = if system { self.system_data } else { self.data };
             // SAFETY: the sets are our own TLB's.
-            unsafe { (*set).fill(linear, host, write, found.shift) };
+            unsafe { (*set).fill(linear, host, write, &found) };
         }
         Ok(found.gpa)
     }
@@ -339,18 +342,14 @@ impl Cpu {
     /// Guest-physical page that instructions at `linear` come from; fills the TLB.
     pub fn translate_fetch(&mut self, linear: u64) -> Run<u64> {
         let user = self.cpl == 3;
-        let space = self.tlb.space();
-        let set = if user { &space.user_code } else { &space.supervisor_code };
-        if let Some(gpa) = set.page(linear) {
+        if let Some(gpa) = self.tlb.code(user).page(linear) {
             return Ok(gpa);
         }
         if !canonical(linear) && self.code64() {
             return self.gp(0);
         }
         let found = self.walk(linear, Access::Fetch, user, false)?;
-        let space = self.tlb.space();
-        let set = if user { &mut space.user_code } else { &mut space.supervisor_code };
-        set.fill(linear, found.gpa, found.shift);
+        self.tlb.code(user).fill(linear, &found);
         Ok(found.gpa)
     }
 
@@ -366,7 +365,7 @@ impl Cpu {
     /// Walks the page tables, sets accessed and dirty bits, and checks permissions.
     pub fn walk(&mut self, linear: u64, access: Access, user: bool, ac: bool) -> Run<Translation> {
         if self.cr0 & cr0::PG == 0 {
-            return Ok(Translation { gpa: linear & 0xffff_f000, shift: 12 });
+            return Ok(Translation { gpa: linear & 0xffff_f000, shift: 12, global: false });
         }
         loop {
             if let Some(found) = self.try_walk(linear, access, user, ac)? {
@@ -439,7 +438,8 @@ impl Cpu {
                 // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
                 frame |= ((entry >> 13) & 0xff) << 32;
             }
-            return Ok(Some(Translation { gpa: frame | (linear & low & !PAGE_MASK), shift: level.shift }));
+            let global = entry & pte::GLOBAL != 0 && self.cr4 & cr4::PGE != 0;
+            return Ok(Some(Translation { gpa: frame | (linear & low & !PAGE_MASK), shift: level.shift, global }));
         }
         unreachable!("the last level always maps a page")
     }

@@ -240,9 +240,7 @@ impl Cpu {
         let came_from = self.block;
         let clears = self.cache.clears;
         let user = self.cpl == 3;
-        let space = self.tlb.space();
-        let set = if user { &space.user_code } else { &space.supervisor_code };
-        let mut block = set.jump(linear);
+        let mut block = self.tlb.code(user).jump(linear);
         // SAFETY: remembered blocks live until the cache is cleared, which forgets them.
         if block.is_null() || unsafe { (*block).mode != self.mode || !(*block).valid } {
             block = self.look_up(linear)?;
@@ -289,9 +287,7 @@ impl Cpu {
         // SAFETY: as above.
         if unsafe { (*block).second_page.is_none() } {
             let user = self.cpl == 3;
-            let space = self.tlb.space();
-            let set = if user { &mut space.user_code } else { &mut space.supervisor_code };
-            set.remember(linear, block);
+            self.tlb.code(user).remember(linear, block);
         }
         Ok(block)
     }

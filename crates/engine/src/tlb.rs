@@ -2,12 +2,13 @@
 
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 
-use crate::cache::Block;
+use crate::{cache::Block, mmu::Translation};
 
 pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 1024;
 const CODE_ENTRIES: usize = 256;
-const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 8192;
+pub const JUMP_HASH_SHIFT: u32 = 10;
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
 /// No canonical address, and so never the target of a jump.
@@ -53,13 +54,13 @@ static NO_ENTRIES: [Entry; ENTRIES] = {
 pub struct DataSet {
     pub read: [Entry; ENTRIES],
     pub write: [Entry; ENTRIES],
-    /// Which 2 MiB (1 GiB) regions, hashed, have entries that came from a large page: INVLPG of one address
-    /// there must drop them all.
-    large_2m: [u64; 16],
-    large_1g: [u64; 16],
+    large: Regions,
     /// Which chunks of the tables have entries: a flush looks at no others.
     used_read: u64,
     used_write: u64,
+    /// Which chunks have entries of pages that are not global.
+    local_read: u64,
+    local_write: u64,
 }
 
 /// Entries that one bit of a set's `used` words stands for.
@@ -80,44 +81,76 @@ fn bits(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-fn region_bit(linear: u64, shift: u32) -> (usize, u64) {
-    let hash = (linear >> shift) as usize & 1023;
-    (hash / 64, 1 << (hash % 64))
+/// Which 2 MiB (1 GiB) regions, hashed, have entries that came from a large page: INVLPG of one address there must
+/// drop them all.
+#[derive(Clone, Default)]
+struct Regions {
+    of_2m: [u64; 16],
+    of_1g: [u64; 16],
 }
 
-impl DataSet {
-    fn flush(&mut self) {
-        for (table, used) in [(&mut self.read, &mut self.used_read), (&mut self.write, &mut self.used_write)] {
-            for chunk in bits(std::mem::take(used)) {
-                let range = chunk * CHUNK..(chunk + 1) * CHUNK;
-                table[range.clone()].copy_from_slice(&NO_ENTRIES[range]);
-            }
-        }
-        self.large_2m.fill(0);
-        self.large_1g.fill(0);
+impl Regions {
+    const fn bit(linear: u64, shift: u32) -> (usize, u64) {
+        let hash = (linear >> shift) as usize & 1023;
+        (hash / 64, 1 << (hash % 64))
     }
 
-    pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, page_shift: u32) {
-        let page = linear & !PAGE_MASK;
-        let entry = Entry { tag: page, host: host as u64 };
-        let at = index(linear);
-        let (table, used) =
-            if write { (&mut self.write, &mut self.used_write) } else { (&mut self.read, &mut self.used_read) };
-        table[at] = entry;
-        *used |= 1 << (at / CHUNK);
+    fn note(&mut self, linear: u64, page_shift: u32) {
         if page_shift > 12 {
-            let (bits, shift) = if page_shift > 22 { (&mut self.large_1g, 30) } else { (&mut self.large_2m, 21) };
-            let (word, bit) = region_bit(linear, shift);
+            let (bits, shift) = if page_shift > 22 { (&mut self.of_1g, 30) } else { (&mut self.of_2m, 21) };
+            let (word, bit) = Self::bit(linear, shift);
             bits[word] |= bit;
         }
     }
 
-    fn flush_page(&mut self, linear: u64) {
-        let in_large = |bits: &[u64; 16], shift| {
-            let (word, bit) = region_bit(linear, shift);
+    fn contain(&self, linear: u64) -> bool {
+        [(&self.of_2m, 21), (&self.of_1g, 30)].iter().any(|(bits, shift)| {
+            let (word, bit) = Self::bit(linear, *shift);
             bits[word] & bit != 0
+        })
+    }
+}
+
+impl DataSet {
+    fn flush(&mut self) {
+        (self.local_read, self.local_write) = (self.used_read, self.used_write);
+        self.flush_local();
+        self.large = Regions::default();
+    }
+
+    /// All but entries of global pages (and some of those).
+    fn flush_local(&mut self) {
+        let read = (&mut self.read, &mut self.used_read, &mut self.local_read);
+        let write = (&mut self.write, &mut self.used_write, &mut self.local_write);
+        for (table, used, local) in [read, write] {
+            let chunks = std::mem::take(local);
+            *used &= !chunks;
+            for chunk in bits(chunks) {
+                let range = chunk * CHUNK..(chunk + 1) * CHUNK;
+                table[range.clone()].copy_from_slice(&NO_ENTRIES[range]);
+            }
+        }
+    }
+
+    pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, found: &Translation) {
+        let page = linear & !PAGE_MASK;
+        let entry = Entry { tag: page, host: host as u64 };
+        let at = index(linear);
+        let (table, used, local) = if write {
+            (&mut self.write, &mut self.used_write, &mut self.local_write)
+        } else {
+            (&mut self.read, &mut self.used_read, &mut self.local_read)
         };
-        if in_large(&self.large_2m, 21) || in_large(&self.large_1g, 30) {
+        table[at] = entry;
+        *used |= 1 << (at / CHUNK);
+        if !found.global {
+            *local |= 1 << (at / CHUNK);
+        }
+        self.large.note(linear, found.shift);
+    }
+
+    fn flush_page(&mut self, linear: u64) {
+        if self.large.contain(linear) {
             return self.flush();
         }
         let page = linear & !PAGE_MASK;
@@ -148,7 +181,10 @@ impl DataSet {
 struct CodeEntry {
     tag: u64,
     gpa: u64,
+    global: bool,
 }
+
+const NO_CODE: CodeEntry = CodeEntry { tag: INVALID, gpa: 0, global: false };
 
 /// A block that starts at a linear address.
 #[repr(C)]
@@ -166,34 +202,61 @@ pub struct CodeSet {
     /// Which groups of jumps, and which chunks of pages, have entries.
     used_jumps: u64,
     used_pages: u64,
-    large: bool,
+    /// Which of them have entries of pages that are not global.
+    local_jumps: u64,
+    local_pages: u64,
+    /// Pages, hashed, that may have jumps: most pages that INVLPG names have none.
+    jump_pages: [u64; 16],
+    large: Regions,
 }
 
-/// A page's entries form a group of 64, so that a page can be dropped without a full flush. Translated code computes
-/// the same (`translate::jumps`).
+/// Translated code computes the same (`Work::jump_to`).
 #[inline(always)]
 const fn jump_index(linear: u64) -> usize {
-    (((linear ^ (linear & 0x3f) << 6) >> 6) & (JUMP_ENTRIES as u64 - 1)) as usize
+    ((linear ^ linear >> JUMP_HASH_SHIFT) & (JUMP_ENTRIES as u64 - 1)) as usize
+}
+
+/// Jumps that one bit of a set's words stands for.
+const JUMP_GROUP: usize = JUMP_ENTRIES / 64;
+
+/// A bit of [`CodeSet::jump_pages`].
+const fn page_bit(linear: u64) -> (usize, u64) {
+    let hash = (linear >> 12 ^ linear >> 22) as usize & 1023;
+    (hash / 64, 1 << (hash % 64))
 }
 
 impl CodeSet {
     fn flush(&mut self) {
+        (self.local_pages, self.local_jumps) = (self.used_pages, self.used_jumps);
+        self.flush_local();
+        self.large = Regions::default();
+    }
+
+    /// All but entries of global pages (and some of those).
+    fn flush_local(&mut self) {
         const CHUNK: usize = CODE_ENTRIES / 64;
-        for chunk in bits(std::mem::take(&mut self.used_pages)) {
-            self.pages[chunk * CHUNK..(chunk + 1) * CHUNK].fill(CodeEntry { tag: INVALID, gpa: 0 });
+        let chunks = std::mem::take(&mut self.local_pages);
+        self.used_pages &= !chunks;
+        for chunk in bits(chunks) {
+            self.pages[chunk * CHUNK..(chunk + 1) * CHUNK].fill(NO_CODE);
         }
-        self.flush_jumps();
-        self.large = false;
+        let groups = std::mem::take(&mut self.local_jumps);
+        self.used_jumps &= !groups;
+        for group in bits(groups) {
+            self.jumps[group * JUMP_GROUP..(group + 1) * JUMP_GROUP].fill(NO_JUMP);
+        }
     }
 
     pub fn flush_jumps(&mut self) {
+        self.local_jumps = 0;
+        self.jump_pages = [0; 16];
         for group in bits(std::mem::take(&mut self.used_jumps)) {
-            self.jumps[group * 64..(group + 1) * 64].fill(NO_JUMP);
+            self.jumps[group * JUMP_GROUP..(group + 1) * JUMP_GROUP].fill(NO_JUMP);
         }
     }
 
     fn flush_page(&mut self, linear: u64) {
-        if self.large {
+        if self.large.contain(linear) {
             return self.flush();
         }
         let page = linear & !PAGE_MASK;
@@ -201,10 +264,9 @@ impl CodeSet {
         if entry.tag == page {
             entry.tag = INVALID;
         }
-        let group = jump_index(page) & !0x3f;
-        if self.used_jumps >> (group / 64) & 1 != 0 {
-            self.jumps[group..group + 64].fill(NO_JUMP);
-            self.used_jumps &= !(1 << (group / 64));
+        let (word, bit) = page_bit(linear);
+        if self.jump_pages[word] & bit != 0 {
+            self.flush_jumps();
         }
     }
 
@@ -214,12 +276,15 @@ impl CodeSet {
         (entry.tag == linear & !PAGE_MASK).then_some(entry.gpa)
     }
 
-    pub fn fill(&mut self, linear: u64, gpa: u64, page_shift: u32) {
-        let entry = CodeEntry { tag: linear & !PAGE_MASK, gpa: gpa & !PAGE_MASK };
+    pub fn fill(&mut self, linear: u64, found: &Translation) {
+        let entry = CodeEntry { tag: linear & !PAGE_MASK, gpa: found.gpa & !PAGE_MASK, global: found.global };
         let at = (linear >> 12) as usize % CODE_ENTRIES;
         self.pages[at] = entry;
         self.used_pages |= 1 << (at / (CODE_ENTRIES / 64));
-        self.large |= page_shift > 12;
+        if !found.global {
+            self.local_pages |= 1 << (at / (CODE_ENTRIES / 64));
+        }
+        self.large.note(linear, found.shift);
     }
 
     #[inline(always)]
@@ -231,65 +296,114 @@ impl CodeSet {
     pub fn remember(&mut self, linear: u64, block: *const Block) {
         let at = jump_index(linear);
         self.jumps[at] = Jump { rip: linear, block };
-        self.used_jumps |= 1 << (at / 64);
+        self.used_jumps |= 1 << (at / JUMP_GROUP);
+        let (word, bit) = page_bit(linear);
+        self.jump_pages[word] |= bit;
+        let page = &self.pages[(linear >> 12) as usize % CODE_ENTRIES];
+        if page.tag != linear & !PAGE_MASK || !page.global {
+            self.local_jumps |= 1 << (at / JUMP_GROUP);
+        }
     }
 }
 
-/// All that is cached of one address space.
+/// What supervisor code sees where it may not reach user pages: mostly global, and so the same in all address spaces.
+/// What is not is dropped with every change of the address space.
+#[repr(C)]
+pub struct Kernel {
+    pub data: DataSet,
+    pub code: CodeSet,
+}
+
+/// All that is cached of one address space besides.
+#[repr(C)]
 pub struct Space {
     /// PCID, or 0 where PCIDs are off.
     pcid: u16,
     used: u64,
     empty: bool,
     pub user: DataSet,
-    pub supervisor: DataSet,
     /// Supervisor accesses while RFLAGS.AC lets them reach user pages (SMAP).
     pub supervisor_ac: DataSet,
     pub user_code: CodeSet,
-    pub supervisor_code: CodeSet,
+}
+
+/// # Safety
+/// All zeroes are a valid `T`.
+unsafe fn zeroed<T>() -> Box<T> {
+    let layout = Layout::new::<T>();
+    // SAFETY: the caller's word; the layout is that of `T`, which is not empty.
+    unsafe {
+        let raw = alloc_zeroed(layout).cast::<T>();
+        if raw.is_null() {
+            handle_alloc_error(layout);
+        }
+        Box::from_raw(raw)
+    }
+}
+
+impl DataSet {
+    /// After zeroed memory, whose tags would match.
+    fn initialise(&mut self) {
+        (self.used_read, self.used_write) = (u64::MAX, u64::MAX);
+        self.flush();
+    }
+}
+
+impl CodeSet {
+    fn initialise(&mut self) {
+        (self.used_jumps, self.used_pages) = (u64::MAX, u64::MAX);
+        self.flush();
+    }
+}
+
+impl Kernel {
+    fn boxed() -> Box<Self> {
+        // SAFETY: all fields are integers, bools and raw pointers, for which zeroes are valid.
+        let mut kernel = unsafe { zeroed::<Self>() };
+        kernel.data.initialise();
+        kernel.code.initialise();
+        kernel
+    }
+
+    fn flush(&mut self) {
+        self.data.flush();
+        self.code.flush();
+    }
+
+    fn flush_local(&mut self) {
+        self.data.flush_local();
+        self.code.flush_local();
+    }
 }
 
 impl Space {
     fn boxed() -> Box<Self> {
-        let layout = Layout::new::<Self>();
-        // SAFETY: all fields are integers, bools and raw pointers, for which zeroes are valid; `flush` follows.
-        let mut space = unsafe {
-            let raw = alloc_zeroed(layout).cast::<Self>();
-            if raw.is_null() {
-                handle_alloc_error(layout);
-            }
-            Box::from_raw(raw)
-        };
-        for set in [&mut space.user, &mut space.supervisor, &mut space.supervisor_ac] {
-            (set.used_read, set.used_write) = (u64::MAX, u64::MAX);
-        }
-        for set in [&mut space.user_code, &mut space.supervisor_code] {
-            (set.used_jumps, set.used_pages) = (u64::MAX, u64::MAX);
-        }
-        space.flush();
+        // SAFETY: as in `Kernel::boxed`.
+        let mut space = unsafe { zeroed::<Self>() };
+        space.user.initialise();
+        space.supervisor_ac.initialise();
+        space.user_code.initialise();
+        space.empty = true;
         space
     }
 
     fn flush(&mut self) {
         self.user.flush();
-        self.supervisor.flush();
         self.supervisor_ac.flush();
         self.user_code.flush();
-        self.supervisor_code.flush();
         self.empty = true;
     }
 
     fn flush_page(&mut self, linear: u64) {
         self.user.flush_page(linear);
-        self.supervisor.flush_page(linear);
         self.supervisor_ac.flush_page(linear);
         self.user_code.flush_page(linear);
-        self.supervisor_code.flush_page(linear);
     }
 }
 
 /// The TLB of one vCPU.
 pub struct Tlb {
+    pub kernel: Box<Kernel>,
     spaces: Vec<Box<Space>>,
     current: usize,
     clock: u64,
@@ -302,11 +416,17 @@ impl Default for Tlb {
     fn default() -> Self {
         let mut spaces = vec![Space::boxed()];
         spaces[0].empty = false;
-        Self { spaces, current: 0, clock: 0, flushes: 0, empty: None }
+        Self { kernel: Kernel::boxed(), spaces, current: 0, clock: 0, flushes: 0, empty: None }
     }
 }
 
 impl Tlb {
+    /// Where instructions of the privilege are fetched from.
+    #[inline(always)]
+    pub fn code(&mut self, user: bool) -> &mut CodeSet {
+        if user { &mut self.spaces[self.current].user_code } else { &mut self.kernel.code }
+    }
+
     #[inline(always)]
     pub fn space(&mut self) -> &mut Space {
         &mut self.spaces[self.current]
@@ -320,6 +440,7 @@ impl Tlb {
     /// Makes `pcid`'s space current; `keep` says that what is cached of it is still valid.
     pub fn switch(&mut self, pcid: u16, keep: bool) {
         self.clock += 1;
+        self.kernel.flush_local();
         let found = self.spaces.iter().position(|s| s.pcid == pcid);
         let at = match found {
             Some(at) => at,
@@ -342,6 +463,7 @@ impl Tlb {
 
     pub fn flush_all(&mut self) {
         self.flushes += 1;
+        self.kernel.flush();
         for space in &mut self.spaces {
             if !space.empty {
                 space.flush();
@@ -353,6 +475,7 @@ impl Tlb {
     /// Everything of one PCID.
     pub fn flush_space(&mut self, pcid: u16) {
         let current = self.current;
+        self.kernel.flush_local();
         for (i, space) in self.spaces.iter_mut().enumerate().filter(|(_, s)| s.pcid == pcid) {
             space.flush();
             space.empty = i != current;
@@ -361,6 +484,8 @@ impl Tlb {
 
     /// One page, in every space: its translation may be global.
     pub fn flush_page(&mut self, linear: u64) {
+        self.kernel.data.flush_page(linear);
+        self.kernel.code.flush_page(linear);
         for space in self.spaces.iter_mut().filter(|s| !s.empty) {
             space.flush_page(linear);
         }
@@ -368,9 +493,9 @@ impl Tlb {
 
     /// From now on writes to this host page take the slow path; whether any may have gone the quick one.
     pub fn forbid_writes(&mut self, host: *mut u8) -> bool {
-        let mut any = false;
+        let mut any = self.kernel.data.forbid_writes(host);
         for space in self.spaces.iter_mut().filter(|s| !s.empty) {
-            for set in [&mut space.user, &mut space.supervisor, &mut space.supervisor_ac] {
+            for set in [&mut space.user, &mut space.supervisor_ac] {
                 any |= set.forbid_writes(host);
             }
         }
@@ -381,7 +506,7 @@ impl Tlb {
     pub fn flush_jumps(&mut self) {
         for space in &mut self.spaces {
             space.user_code.flush_jumps();
-            space.supervisor_code.flush_jumps();
         }
+        self.kernel.code.flush_jumps();
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     cpu::{Cpu, mode},
     native::{Access, FeatureClass, FeatureSet, Native, Stub, StubCache},
     regs::slot,
-    tlb::{CodeSet, DataSet, ENTRIES, Jump, PAGE_MASK},
+    tlb::{CodeSet, DataSet, ENTRIES, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump, PAGE_MASK},
     uop::{FLAT, Uop, address},
 };
 
@@ -587,11 +587,10 @@ impl Work<'_> {
         e.jcc(cc::NE, called);
         // The same as `tlb::jump_index`, times 16.
         e.mov32(T1, T0);
-        e.group1(false, 4, T1, 0x3f);
-        e.shift(false, 4, T1, 6);
+        e.shift(false, 5, T1, JUMP_HASH_SHIFT as u8);
         e.rr(false, &[0x31], T0, T1);
-        e.group1(false, 4, T1, 0x3_ffc0);
-        e.shift(false, 5, T1, 2);
+        e.group1(false, 4, T1, JUMP_ENTRIES as i32 - 1);
+        e.shift(false, 4, T1, 4);
         e.rm(true, &[0x03], T1, CODE);
         e.rm(true, &[0x3b], T0, Mem::Base(T1, JUMPS + std::mem::offset_of!(Jump, rip) as i32));
         e.jcc_address(cc::NE, leave_to);
