@@ -254,7 +254,8 @@ impl Cpu {
         let gpa = self.translate_data(linear, access, false)?;
         let last = linear.wrapping_add(len - 1);
         if last & !PAGE_MASK != linear & !PAGE_MASK {
-            self.translate_data(last, access, false)?;
+            // A fault there is told of the page's first byte.
+            self.translate_data(last & !PAGE_MASK, access, false)?;
             return Ok(None);
         }
         if self.inspect || (write && self.memory.is_watched(gpa)) {

@@ -22,6 +22,7 @@ use crate::{
     int::Int,
     mmu::Access,
     regs::slot,
+    tlb::PAGE_MASK,
     uop::{Ctl, Uop, address},
 };
 
@@ -221,8 +222,9 @@ impl Cpu {
     /// Faults as a write of `len` bytes would.
     pub fn check_writable(&mut self, linear: u64, len: usize) -> Run {
         self.direct(linear, 1, true)?;
-        if len > 1 {
-            self.direct(linear.wrapping_add(len as u64 - 1), 1, true)?;
+        let last = linear.wrapping_add((len as u64).saturating_sub(1));
+        if (linear ^ last) & !PAGE_MASK != 0 {
+            self.direct(last & !PAGE_MASK, 1, true)?;
         }
         Ok(())
     }

@@ -84,6 +84,8 @@ pub struct Case {
 pub struct Outcome {
     /// The exception that stopped it, or none.
     pub vector: Option<u8>,
+    /// A page fault's error code and address.
+    pub page_fault: Option<(u64, u64)>,
     pub state: State,
     pub memory: Box<[u8; WINDOW_BYTES]>,
 }

@@ -13,16 +13,20 @@ use super::case::{CODE, Case, DATA, DATA_END, Mode, Outcome, State, WINDOW, WIND
 
 /// Cases in one child.
 pub const BATCH: usize = 128;
+/// The longest code of a case.
+pub const CODE_BYTES: usize = 1024;
 
 #[repr(C)]
 struct Slot {
-    code: [u8; 16],
+    code: [u8; CODE_BYTES],
     length: u64,
     narrow: bool,
     before: State,
     after: State,
     memory: [u8; WINDOW_BYTES],
     vector: u64,
+    error: u64,
+    address: u64,
     done: bool,
 }
 
@@ -60,7 +64,6 @@ impl Host {
         // SAFETY: zeroed memory is a valid `Shared`; no child is running now.
         let shared = unsafe { &mut *self.shared };
         for (slot, case) in shared.slots.iter_mut().zip(cases) {
-            slot.code = [0xcc; 16];
             slot.code[..case.code.len()].copy_from_slice(&case.code);
             slot.length = case.code.len() as u64;
             slot.narrow = case.mode == Mode::Bits32;
@@ -120,6 +123,7 @@ fn outcome(slot: &Slot) -> Option<Outcome> {
     let finished = slot.vector == 3;
     slot.done.then(|| Outcome {
         vector: (!finished).then_some(slot.vector as u8),
+        page_fault: (slot.vector == 14).then_some((slot.error, slot.address)),
         state: slot.after,
         memory: Box::new(slot.memory),
     })
@@ -223,6 +227,8 @@ extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut lib
         if STARTED {
             let slot = &mut shared.slots[next as usize];
             slot.vector = registers[libc::REG_TRAPNO as usize] as u64;
+            slot.error = registers[libc::REG_ERR as usize] as u64;
+            slot.address = registers[libc::REG_CR2 as usize] as u64;
             for (value, at) in slot.after.gpr.iter_mut().zip(GREGS) {
                 *value = registers[at as usize] as u64;
             }
@@ -250,7 +256,7 @@ extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut lib
         let slot = &shared.slots[next as usize];
         ptr::copy_nonoverlapping(slot.memory.as_ptr(), WINDOW as *mut u8, WINDOW_BYTES);
         ptr::write_bytes(CODE as *mut u8, 0xcc, 4096);
-        ptr::copy_nonoverlapping(slot.code.as_ptr(), slot.before.rip as *mut u8, 16);
+        ptr::copy_nonoverlapping(slot.code.as_ptr(), slot.before.rip as *mut u8, slot.length as usize);
         for (value, at) in slot.before.gpr.iter().zip(GREGS) {
             registers[at as usize] = *value as i64;
         }

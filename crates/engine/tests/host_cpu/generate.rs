@@ -131,7 +131,7 @@ pub fn case(code: Code, mode: Mode, random: &mut Random) -> Option<Case> {
     Some(Case { mode, instruction, code: bytes, state, memory })
 }
 
-fn fill(memory: &mut [u8; WINDOW_BYTES], random: &mut Random) {
+pub(super) fn fill(memory: &mut [u8; WINDOW_BYTES], random: &mut Random) {
     let mut pattern = random.vector();
     for (i, chunk) in memory.chunks_exact_mut(8).enumerate() {
         if i % 4 == 0 && random.chance(20) {
@@ -141,7 +141,7 @@ fn fill(memory: &mut [u8; WINDOW_BYTES], random: &mut Random) {
     }
 }
 
-fn operand(
+pub(super) fn operand(
     insn: &mut Instruction,
     op: &OpCodeInfo,
     i: u32,
@@ -347,7 +347,7 @@ fn addressing(insn: &mut Instruction, op: &OpCodeInfo, mode: Mode, rip: u64, ran
 }
 
 /// An address for an operand of this size: at the page's end, across its end or the middle, aligned or not.
-fn target(size: MemorySize, random: &mut Random) -> u64 {
+pub(super) fn target(size: MemorySize, random: &mut Random) -> u64 {
     let bytes = (size.size() as u64).max(1);
     let middle = DATA_END - 0x1000;
     match random.below(20) {
@@ -359,7 +359,7 @@ fn target(size: MemorySize, random: &mut Random) -> u64 {
     }
 }
 
-fn number(register: Register) -> usize {
+pub(super) fn number(register: Register) -> usize {
     register.full_register().number() & 15
 }
 
@@ -588,7 +588,7 @@ fn image_operand(insn: &Instruction, state: &mut State, memory: &mut [u8; WINDOW
     true
 }
 
-fn random_state(mode: Mode, random: &mut Random) -> State {
+pub(super) fn random_state(mode: Mode, random: &mut Random) -> State {
     let mut state = State::ZERO;
     for value in &mut state.gpr {
         *value = random.integer();

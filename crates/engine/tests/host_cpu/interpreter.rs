@@ -27,6 +27,7 @@ pub struct Interpreter {
     _engine: Arc<SoftEngine>,
     /// Runs of a block before it is translated, 0 for never.
     promote: u32,
+    runs: u64,
     /// Vectors whose handlers have been decoded.
     heard: [bool; 256],
     /// Cases whose block was translated when it ran, and ops of them that were left to the interpreter.
@@ -67,7 +68,11 @@ const TSS: u64 = 0x3000;
 const HANDLERS: u64 = 0x4000;
 const TABLES: u64 = 0x1_0000;
 const STACK_END: u64 = 0x2_1000;
-const CODE_AT: u64 = 0x3_0000;
+/// Pages that the code is in, in turn: where code changes often, the engine takes its time to translate it.
+const CODE_AT: u64 = 0x8_0000;
+const CODE_PAGES: u64 = 256;
+/// The page table's entry for the code.
+const CODE_ENTRY: u64 = TABLES + 4 * 0x1000 + (CODE >> 12 & 0x1ff) * 8;
 const DATA_AT: [u64; 2] = [0x3_4000, 0x3_2000];
 
 impl Interpreter {
@@ -89,6 +94,7 @@ impl Interpreter {
             features,
             _engine: engine,
             promote,
+            runs: 0,
             heard: [false; 256],
             translated: 0,
             left: 0,
@@ -118,7 +124,10 @@ impl Interpreter {
         let mut code = [0xcc; 0x1000];
         let at = (case.state.rip - CODE) as usize;
         code[at..at + case.code.len()].copy_from_slice(&case.code);
-        self.memory.write(CODE_AT, &code)?;
+        let page = CODE_AT + self.runs % CODE_PAGES * 0x1000;
+        self.runs += 1;
+        self.memory.write(page, &code)?;
+        self.memory.write(CODE_ENTRY, &(page | 7).to_le_bytes())?;
         for (page, gpa) in case.memory.chunks(0x1000).zip(DATA_AT) {
             self.memory.write(gpa, page)?;
         }
@@ -154,6 +163,9 @@ impl Interpreter {
         let vector = self.bus.taken.load(Ordering::SeqCst) as u8;
         let state = self.vcpu.state()?;
         let frame = state.gpr[4] + if matches!(vector, 8 | 10..=14 | 17 | 21) { 8 } else { 0 };
+        let mut error = [0; 8];
+        self.memory.read(state.gpr[4], &mut error)?;
+        let error = u64::from_le_bytes(error);
         let word = |i: u64| -> Result<u64, Box<dyn Error>> {
             let mut bytes = [0; 8];
             self.memory.read(frame + i * 8, &mut bytes)?;
@@ -171,7 +183,11 @@ impl Interpreter {
         for (page, gpa) in memory.chunks_mut(0x1000).zip(DATA_AT) {
             self.memory.read(gpa, page)?;
         }
-        Ok(Outcome { vector: (vector != 3).then_some(vector), state: after, memory })
+        let page_fault = match vector {
+            14 => Some((error, state.cr2)),
+            _ => None,
+        };
+        Ok(Outcome { vector: (vector != 3).then_some(vector), page_fault, state: after, memory })
     }
 }
 
@@ -309,9 +325,8 @@ fn lay_out(memory: &GuestMemory) -> Result<(), Box<dyn Error>> {
     put(entry(table(2), 0, 1), 0x83)?;
     put(entry(table(2), CODE, 1), table(4) | USER)?;
     put(entry(table(3), DATA, 1), table(5) | USER)?;
-    put(entry(table(4), CODE, 0), CODE_AT | USER)?;
     for (i, gpa) in DATA_AT.into_iter().enumerate() {
-        put(entry(table(5), DATA + i as u64 * 0x1000, 0), gpa | USER)?;
+        put(entry(table(5), DATA + i as u64 * 0x1000, 0), gpa | USER | 1 << 63)?;
     }
     Ok(())
 }

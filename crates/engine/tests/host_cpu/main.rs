@@ -14,6 +14,7 @@ mod compare;
 mod generate;
 mod interpreter;
 mod random;
+mod sequence;
 mod stubs;
 
 use std::collections::BTreeMap;
@@ -165,4 +166,98 @@ fn stubs_in_64_bit_mode() {
 #[test]
 fn stubs_in_32_bit_mode() {
     stubs_against_host(Mode::Bits32, "32-bit mode");
+}
+
+/// Sequences in a batch are run on the host first, then by the interpreter, then as translated code.
+#[test]
+fn sequences() {
+    let wanted = setting("VIREO_HOST_CPU_SEQUENCES", 6000);
+    let seed = setting("VIREO_HOST_CPU_SEED", 1);
+    let first = setting("VIREO_HOST_CPU_FIRST", 0);
+    let mut engines = Engines::new();
+    let pool = sequence::Pool::new(&engines.interpreter.features());
+    let mut host = Host::new().expect("shared memory for the child");
+    let (mut done, mut faults, mut differences) = (0, 0, Vec::new());
+    let mut case = first;
+    while case < first + wanted {
+        let mut batch = Vec::new();
+        while batch.len() < BATCH && case < first + wanted {
+            let mut random = Random(seed << 40 ^ case);
+            let sequence = sequence::sequence(&pool, &mut random);
+            if let Some(assembled) = sequence.assemble() {
+                batch.push((case, sequence.case(&assembled), sequence, assembled));
+            }
+            case += 1;
+        }
+        let cases: Vec<Case> = batch.iter().map(|(_, case, ..)| case.clone()).collect();
+        let outcomes = host.run(&cases).expect("the sandboxed child");
+        for ((number, case, sequence, assembled), native) in batch.into_iter().zip(outcomes) {
+            done += 1;
+            faults += u64::from(native.as_ref().is_some_and(|o| o.vector.is_some()));
+            let Some(difference) = engines.difference(&case, &assembled, native.as_ref()) else { continue };
+            let (shortest, difference) = shortest(&mut host, &mut engines, sequence, difference);
+            println!("case {number}: {difference}\n{}", shortest.describe());
+            differences.push(number);
+        }
+        if differences.len() >= setting("VIREO_HOST_CPU_SHOW", 5) as usize {
+            break;
+        }
+    }
+    let translated = engines.translator.translated;
+    println!("{done} sequences, {faults} of them ended by a fault, {translated} translated");
+    assert!(differences.is_empty(), "sequences that differ: {differences:?}");
+    assert!(translated > done * 9 / 10 && faults > done / 20 && faults < done * 9 / 10);
+}
+
+struct Engines {
+    interpreter: interpreter::Interpreter,
+    translator: interpreter::Interpreter,
+    /// Translates loops after a few rounds.
+    mixed: interpreter::Interpreter,
+}
+
+impl Engines {
+    fn new() -> Self {
+        let engine = |promote| interpreter::Interpreter::promoting(promote).expect("a virtual machine");
+        Self { interpreter: engine(0), translator: engine(1), mixed: engine(3) }
+    }
+
+    fn difference(
+        &mut self,
+        case: &Case,
+        assembled: &sequence::Assembled,
+        native: Option<&case::Outcome>,
+    ) -> Option<String> {
+        let Some(native) = native else { return Some("the host's child died".to_owned()) };
+        let engines =
+            [("interpreter", &mut self.interpreter), ("translator", &mut self.translator), ("both", &mut self.mixed)];
+        for (name, engine) in engines {
+            let ours = engine.run(case).expect("the virtual machine");
+            if let Some(difference) = sequence::difference(case, assembled, native, &ours) {
+                return Some(format!("host, {name}: {difference}"));
+            }
+        }
+        None
+    }
+}
+
+/// Leaves out instructions as long as there is a difference.
+fn shortest(
+    host: &mut Host,
+    engines: &mut Engines,
+    sequence: sequence::Sequence,
+    difference: String,
+) -> (sequence::Sequence, String) {
+    for shorter in sequence.shorter() {
+        let Some(assembled) = shorter.assemble() else { continue };
+        let case = shorter.case(&assembled);
+        let native = host.run(std::slice::from_ref(&case)).expect("the sandboxed child").pop().flatten();
+        if native.is_none() {
+            continue;
+        }
+        if let Some(difference) = engines.difference(&case, &assembled, native.as_ref()) {
+            return shortest(host, engines, shorter, difference);
+        }
+    }
+    (sequence, difference)
 }

@@ -159,7 +159,7 @@ impl Executor for Stubs {
         }
         store(&mut state, &mut regs, &mut fpu);
         let memory = Box::new(std::array::from_fn(|i| self.memory.0[i]));
-        Verdict::Ran(Box::new(Outcome { vector: result.err(), state, memory }))
+        Verdict::Ran(Box::new(Outcome { vector: result.err(), page_fault: None, state, memory }))
     }
 
     /// What the specials compute in Rust; nearly all else is the host's own doing.
