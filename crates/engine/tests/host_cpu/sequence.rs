@@ -282,7 +282,8 @@ impl Sequence {
 
     /// The sequences that lack an instruction of this one.
     pub fn shorter(&self) -> Vec<Self> {
-        let backward = self.items.iter().enumerate().any(|(i, item)| item.to < i && !matches!(item.what, What::Plain(_)));
+        let backward =
+            self.items.iter().enumerate().any(|(i, item)| item.to < i && !matches!(item.what, What::Plain(_)));
         (0..self.items.len())
             .filter(|&i| !(backward && self.items[i].keep))
             .map(|gone| {
@@ -298,7 +299,8 @@ impl Sequence {
 
     pub fn describe(&self) -> String {
         let Some(assembled) = self.assemble() else { return "not encodable".to_owned() };
-        let mut text = format!("rip {:#x}, rflags {:#x}, mxcsr {:#x}\n", self.state.rip, self.state.rflags, self.state.mxcsr());
+        let mut text =
+            format!("rip {:#x}, rflags {:#x}, mxcsr {:#x}\n", self.state.rip, self.state.rflags, self.state.mxcsr());
         for (i, value) in self.state.gpr.iter().enumerate() {
             text += &format!("    {:?} {value:#x}\n", Register::RAX + i as u32);
         }
