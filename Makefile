@@ -29,9 +29,9 @@ test: test-packages
 bench: build bench-packages
 	cargo run --release --locked --package vireo-bench -- $(BENCH_ARGS)
 
-# All tests with whole Debian machines: a quarter of an hour.
+# Those of the tests that run whole Debian machines.
 e2e: test-packages
-	E2E=all scripts/test
+	E2E=only scripts/test
 
 fuzz: test-packages
 	scripts/fuzz

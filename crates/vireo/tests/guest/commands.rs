@@ -86,7 +86,7 @@ fn streams_may_end_early() {
 /// What comes in is passed on at once, and what comes out too: a conversation works.
 #[test]
 fn input_and_output_are_not_held_back() {
-    let Some(state) = State::with(Image::Trixie, "input_and_output_are_not_held_back") else { return };
+    let Some(state) = State::with(Image::Bookworm, "input_and_output_are_not_held_back") else { return };
     let mut command = state.run_command(&[], &["sh", "-c", "while read line; do echo got $line; done; echo end"]);
     let mut child = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
     let (mut stdin, mut stdout) = (child.0.stdin.take().unwrap(), child.0.stdout.take().unwrap());

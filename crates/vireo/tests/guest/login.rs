@@ -22,8 +22,8 @@ fn boot(state: &State, cpus: &str) -> Command {
     command
 }
 
-fn boots_to_a_login(image: Image, cpus: &str) {
-    let Some(state) = State::with(image, "boots_to_a_login") else { return };
+fn boots_to_a_login(image: Image, cpus: &str, test: &str) {
+    let Some(state) = State::with(image, test) else { return };
     let mut screen = Screen::on_pipes(&mut boot(&state, cpus));
     screen.expect("debian login: ");
     for trouble in ["Failed", "FAILED", "Call Trace", "BUG:", "emergency"] {
@@ -33,7 +33,7 @@ fn boots_to_a_login(image: Image, cpus: &str) {
 
 /// The system is up, with nothing failed, and the kernel saw nothing strange.
 fn comes_up_whole(image: Image, cpus: &str) {
-    let Some(state) = State::with(image, "comes_up_whole") else { return };
+    let Some(state) = State::with(image, "systems_come_up_whole_with_4_processors") else { return };
     let script = "nproc; systemctl is-system-running --wait; systemctl --failed --no-legend; \
                   dmesg | grep -E 'BUG:|WARNING:|Call Trace|Oops|soft lockup|stall|unimplemented' || true";
     assert_eq!(state.script(&["--cpus", cpus], script), format!("{cpus}\nrunning\n"));
@@ -42,21 +42,21 @@ fn comes_up_whole(image: Image, cpus: &str) {
 #[test]
 fn releases_boot_to_a_login() {
     for image in RELEASES {
-        boots_to_a_login(image, "1");
+        boots_to_a_login(image, "1", "releases_boot_to_a_login");
     }
 }
 
 #[test]
 fn releases_boot_to_a_login_with_2_processors() {
     for image in RELEASES {
-        boots_to_a_login(image, "2");
+        boots_to_a_login(image, "2", "releases_boot_to_a_login_with_2_processors");
     }
 }
 
 #[test]
 fn releases_boot_to_a_login_with_4_processors() {
     for image in RELEASES {
-        boots_to_a_login(image, "4");
+        boots_to_a_login(image, "4", "releases_boot_to_a_login_with_4_processors");
     }
 }
 
