@@ -85,7 +85,8 @@ pub struct Terminal {
 impl Terminal {
     pub fn wanted(asked: bool, is_shell: bool) -> Result<Self, Failure> {
         let ours = io::stdin().is_terminal() && io::stdout().is_terminal();
-        if !asked && !(is_shell && ours) {
+        let wanted = asked || (is_shell && ours);
+        if !wanted {
             return Ok(Self { raw: None, size: None });
         }
         let raw = host::Terminal::raw().map_err(|e| {
