@@ -126,9 +126,11 @@ impl Comparison {
             let _ = writeln!(text, "| {} | {count} | {} |", group.unwrap_or("all"), cells.join(" | "));
         }
         if let [other, vireo] = self.vmms[..] {
-            let slower =
-                |workload: &&Workload| self.ratio(other, vireo, &workload.name).is_some_and(|ratio| ratio < 1.0);
-            let slower: Vec<_> = self.workloads.iter().filter(slower).map(|workload| workload.name.as_str()).collect();
+            let slower = |workload: &Workload| {
+                let ratio = self.ratio(other, vireo, &workload.name).filter(|ratio| *ratio < 1.0)?;
+                Some(format!("{} ({ratio:.2})", workload.name))
+            };
+            let slower: Vec<_> = self.workloads.iter().filter_map(slower).collect();
             let slower = if slower.is_empty() { "none".into() } else { slower.join(", ") };
             let _ = writeln!(text, "\nslower than {other}: {slower}");
         }
@@ -199,7 +201,7 @@ mod tests {
         assert!(table.contains("| a | integer | 0.010 | 0.020 | 0.010 | 2.00 | 1.00 | 2.00 |"), "{table}");
         assert!(table.contains("| integer | 2 | 4.00 | 1.00 | 4.00 |"), "{table}");
         assert!(table.contains("| all | 3 | 3.63 | 1.82 | 2.00 |"), "{table}");
-        assert!(table.contains("slower than QEMU: c"), "{table}");
+        assert!(table.contains("slower than QEMU: c (0.50)"), "{table}");
     }
 
     #[test]
