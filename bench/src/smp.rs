@@ -17,9 +17,10 @@ const ALONE: &str = "compute-alone";
 const TWICE: &str = "compute-twice";
 /// Work that a second vCPU should not make slower.
 const SINGLE: [&str; 3] = ["fork", "clock", "pipe-turns"];
+type Clock = (&'static str, fn(&Taken) -> f64);
+
 /// Time that passed is what a user sees, on a host with two idle cores; CPU time tells what it costs on a busy one.
-const CLOCKS: [(&str, fn(&Taken) -> f64); 2] =
-    [("wall", |taken| taken.host_wall.as_secs_f64()), ("CPU", |taken| taken.cpu.as_secs_f64())];
+const CLOCKS: [Clock; 2] = [("wall", |taken| taken.host_wall.as_secs_f64()), ("CPU", |taken| taken.cpu.as_secs_f64())];
 
 pub fn measure(vmm: &Vmm, setting: &Setting<'_>) -> Result<Vec<Figure>> {
     let one = run(vmm, setting, ALONE, 1)?;
