@@ -5,9 +5,9 @@ use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use crate::{cache::Block, mmu::Translation};
 
 pub const PAGE_MASK: u64 = 0xfff;
-pub const ENTRIES: usize = 1024;
+pub const ENTRIES: usize = 2048;
 const CODE_ENTRIES: usize = 256;
-pub const JUMP_ENTRIES: usize = 8192;
+pub const JUMP_ENTRIES: usize = 16384;
 pub const JUMP_HASH_SHIFT: u32 = 10;
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
@@ -195,7 +195,7 @@ pub struct Jump {
 }
 
 /// Translations for instruction fetches, and the blocks that start at recent addresses.
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct CodeSet {
     pub jumps: [Jump; JUMP_ENTRIES],
     pages: [CodeEntry; CODE_ENTRIES],
@@ -205,12 +205,13 @@ pub struct CodeSet {
     /// Which of them have entries of pages that are not global.
     local_jumps: u64,
     local_pages: u64,
-    /// Pages, hashed, that may have jumps: most pages that INVLPG names have none.
-    jump_pages: [u64; 16],
+    /// Pages that may have jumps: most pages that INVLPG names have none.
+    jump_pages: Pages,
     large: Regions,
 }
 
-/// Translated code computes the same (`Work::jump_to`).
+/// Where a jump is looked for first; the other place is next to it. Translated code computes the same
+/// (`Work::jump_to`).
 #[inline(always)]
 const fn jump_index(linear: u64) -> usize {
     ((linear ^ linear >> JUMP_HASH_SHIFT) & (JUMP_ENTRIES as u64 - 1)) as usize
@@ -219,10 +220,32 @@ const fn jump_index(linear: u64) -> usize {
 /// Jumps that one bit of a set's words stands for.
 const JUMP_GROUP: usize = JUMP_ENTRIES / 64;
 
-/// A bit of [`CodeSet::jump_pages`].
-const fn page_bit(linear: u64) -> (usize, u64) {
-    let hash = (linear >> 12 ^ linear >> 22) as usize & 1023;
-    (hash / 64, 1 << (hash % 64))
+/// Pages that may be in a table: a page is noted by a hash of its own and by one of its 2 MiB region, so that those of
+/// a kernel and those of processes are seldom taken for each other.
+#[derive(Clone, Copy, Default)]
+struct Pages {
+    pages: [u64; 32],
+    regions: [u64; 32],
+}
+
+impl Pages {
+    const fn bit(linear: u64, shift: u32) -> (usize, u64) {
+        let hash = ((linear >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 53) as usize;
+        (hash / 64, 1 << (hash % 64))
+    }
+
+    #[inline]
+    fn note(&mut self, linear: u64) {
+        let ((page, of_page), (region, of_region)) = (Self::bit(linear, 12), Self::bit(linear, 21));
+        self.pages[page] |= of_page;
+        self.regions[region] |= of_region;
+    }
+
+    #[inline]
+    fn may_contain(&self, linear: u64) -> bool {
+        let ((page, of_page), (region, of_region)) = (Self::bit(linear, 12), Self::bit(linear, 21));
+        self.pages[page] & of_page != 0 && self.regions[region] & of_region != 0
+    }
 }
 
 impl CodeSet {
@@ -249,7 +272,7 @@ impl CodeSet {
 
     pub fn flush_jumps(&mut self) {
         self.local_jumps = 0;
-        self.jump_pages = [0; 16];
+        self.jump_pages = Pages::default();
         for group in bits(std::mem::take(&mut self.used_jumps)) {
             self.jumps[group * JUMP_GROUP..(group + 1) * JUMP_GROUP].fill(NO_JUMP);
         }
@@ -264,8 +287,7 @@ impl CodeSet {
         if entry.tag == page {
             entry.tag = INVALID;
         }
-        let (word, bit) = page_bit(linear);
-        if self.jump_pages[word] & bit != 0 {
+        if self.jump_pages.may_contain(linear) {
             self.flush_jumps();
         }
     }
@@ -289,16 +311,20 @@ impl CodeSet {
 
     #[inline(always)]
     pub fn jump(&self, linear: u64) -> *const Block {
-        let jump = &self.jumps[jump_index(linear)];
+        let first = jump_index(linear);
+        let at = if self.jumps[first].rip == linear { first } else { first ^ 1 };
+        let jump = &self.jumps[at];
         if jump.rip == linear { jump.block } else { std::ptr::null() }
     }
 
     pub fn remember(&mut self, linear: u64, block: *const Block) {
         let at = jump_index(linear);
+        if self.jumps[at].rip != linear {
+            self.jumps[at ^ 1] = self.jumps[at];
+        }
         self.jumps[at] = Jump { rip: linear, block };
         self.used_jumps |= 1 << (at / JUMP_GROUP);
-        let (word, bit) = page_bit(linear);
-        self.jump_pages[word] |= bit;
+        self.jump_pages.note(linear);
         let page = &self.pages[(linear >> 12) as usize % CODE_ENTRIES];
         if page.tag != linear & !PAGE_MASK || !page.global {
             self.local_jumps |= 1 << (at / JUMP_GROUP);

@@ -134,7 +134,7 @@ const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
 const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
 const READ_TABLE: i32 = std::mem::offset_of!(DataSet, read) as i32;
 const WRITE_TABLE: i32 = std::mem::offset_of!(DataSet, write) as i32;
-const JUMPS: i32 = std::mem::offset_of!(CodeSet, jumps) as i32;
+const _: () = assert!(std::mem::offset_of!(CodeSet, jumps) == 0, "jumps are found two by two at an aligned address");
 const BLOCK_CODE: i32 = std::mem::offset_of!(Block, code) as i32;
 
 impl Cpu {
@@ -580,7 +580,7 @@ impl Work<'_> {
         debug_assert!(self.flags.memory);
         let called = self.e().label();
         self.t.outlines.push(Outline::CalledTo { from: called });
-        let leave_to = self.thunks.leave_to;
+        let second = self.thunks.jump_second;
         let e = &mut self.t.emitter;
         e.load(T1, state(std::mem::offset_of!(super::State, requests)));
         e.group1_mem(false, 7, Mem::Base(T1, 0), 0);
@@ -592,13 +592,9 @@ impl Work<'_> {
         e.group1(false, 4, T1, JUMP_ENTRIES as i32 - 1);
         e.shift(false, 4, T1, 4);
         e.rm(true, &[0x03], T1, CODE);
-        e.rm(true, &[0x3b], T0, Mem::Base(T1, JUMPS + std::mem::offset_of!(Jump, rip) as i32));
-        e.jcc_address(cc::NE, leave_to);
-        e.load(T1, Mem::Base(T1, JUMPS + std::mem::offset_of!(Jump, block) as i32));
-        // AND RAX, -4096
-        e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
-        e.store(T0, PAGE);
-        e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
+        e.rm(true, &[0x3b], T0, Mem::Base(T1, std::mem::offset_of!(Jump, rip) as i32));
+        e.jcc_address(cc::NE, second);
+        jump_to_found(e);
     }
 
     fn conditional_jump(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Flow {
@@ -783,6 +779,15 @@ impl Work<'_> {
 struct Place {
     memory: u8,
     carried: Vec<(Carried, u8)>,
+}
+
+/// Jumps to the block of the [`Jump`] at T1, whose address is in T0.
+pub(super) fn jump_to_found(e: &mut Emitter) {
+    e.load(T1, Mem::Base(T1, std::mem::offset_of!(Jump, block) as i32));
+    // AND RAX, -4096
+    e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
+    e.store(T0, PAGE);
+    e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
 }
 
 /// MOVZX EAX, [flags]; CMP AL, 0x81 (overflows where AL is 1); SAHF.
