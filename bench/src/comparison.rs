@@ -50,7 +50,9 @@ impl Comparison {
 
     fn cpu(&self, machine: &'static str, name: &str) -> Option<f64> {
         let taken = self.taken.get(&(machine, name.to_owned()))?;
-        Some(median(&taken.iter().map(|taken| taken.cpu.as_secs_f64()).collect::<Vec<_>>()))
+        let seconds = median(&taken.iter().map(|taken| taken.cpu.as_secs_f64()).collect::<Vec<_>>());
+        // Less than the clock can tell is no time to divide by.
+        (seconds > 0.0).then_some(seconds)
     }
 
     /// How many times `machine` takes what `other` takes.

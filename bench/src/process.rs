@@ -147,19 +147,21 @@ fn outside_guest(pid: u32, guest_bytes: u64) -> u64 {
 }
 
 /// Guest RAM is the anonymous mapping, readable and writable only, that is at least as large as the guest's memory
-/// and has the most of it resident. Where the kernel joined it with a neighbour, the excess is not guest RAM.
+/// and has the most of it resident. Where the kernel joined it with a neighbour, the excess is not guest RAM. Of a
+/// shared mapping, the part counts that is this one's: a code cache is mapped twice, for writing and for execution.
 fn split(smaps: &str, guest_bytes: u64) -> u64 {
     let (mut total, mut guest) = (0, 0);
-    let mut candidate = false;
+    let (mut candidate, mut counts) = (false, "Rss:");
     for line in smaps.lines() {
         let mut words = line.split_ascii_whitespace();
         let first = words.next().unwrap_or("");
         if let Some((start, end)) = first.split_once('-')
             && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         {
-            let plain = words.next().is_some_and(|access| access.starts_with("rw-"));
-            candidate = plain && words.nth(3).is_none() && end - start >= guest_bytes;
-        } else if first == "Rss:" {
+            let access = words.next().unwrap_or("");
+            counts = if access.ends_with('s') { "Pss:" } else { "Rss:" };
+            candidate = access.starts_with("rw-") && words.nth(3).is_none() && end - start >= guest_bytes;
+        } else if first == counts {
             let resident = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10;
             total += resident;
             if candidate {
@@ -185,9 +187,16 @@ Rss:              100000 kB
 Rss:                3000 kB
 7f0050000000-7f0070000000 rw-p 00000000 00:00 0
 Rss:                  88 kB
+Pss:                  80 kB
+7f0080000000-7f0080100000 rw-s 00000000 00:01 9 /memfd:code
+Rss:                 600 kB
+Pss:                 300 kB
+7f0090000000-7f0090100000 r-xs 00000000 00:01 9 /memfd:code
+Rss:                 600 kB
+Pss:                 300 kB
 ";
-        assert_eq!(split(smaps, 0x1000_0000), (512 + 3000 + 88) << 10);
-        assert_eq!(split(smaps, 50_000 << 10), (512 + 50_000 + 3000 + 88) << 10);
+        assert_eq!(split(smaps, 0x1000_0000), (512 + 3000 + 88 + 600) << 10);
+        assert_eq!(split(smaps, 50_000 << 10), (512 + 50_000 + 3000 + 88 + 600) << 10);
     }
 
     #[test]
