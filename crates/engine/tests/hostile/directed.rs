@@ -58,7 +58,13 @@ fn gate(memory: &GuestMemory, number: u64, target: u64) {
 }
 
 fn end_of(memory: &GuestMemory, state: &CpuState) -> Exit {
-    let engine = SoftEngine::new(memory).unwrap();
+    let [interpreted, translated] = [0, 1].map(|promote| end_on(memory, state, promote));
+    assert_eq!(interpreted, translated);
+    translated
+}
+
+fn end_on(memory: &GuestMemory, state: &CpuState, promote: u32) -> Exit {
+    let engine = SoftEngine::promoting(memory, promote).unwrap();
     let cpuid = engine.supported_cpuid().unwrap();
     let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).unwrap();
     vcpu.set_state(state).unwrap();

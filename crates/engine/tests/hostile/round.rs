@@ -23,6 +23,7 @@ pub struct Tally {
     pub slowest: Duration,
     pub instructions: u64,
     pub exceptions: u64,
+    pub translated: u64,
     /// Kicks, and crashes by their reason (without numbers).
     pub ends: BTreeMap<String, u64>,
     pub refused_states: u64,
@@ -59,11 +60,12 @@ impl Bus for Rubbish {
 /// Ends the process where a vCPU does not come back at all: its thread cannot be stopped otherwise.
 const GIVE_UP: Duration = Duration::from_secs(30);
 
-pub fn play(random: &mut Random, tally: &mut Tally) {
+/// One guest, on an engine as of [`SoftEngine::promoting`].
+pub fn play(random: &mut Random, promote: u32, tally: &mut Tally) {
     let pages = state::LEAST_RAM / 4096 + random.below(64);
     let low = if random.chance(30) { pages - 8 } else { pages };
     let memory = GuestMemory::new(pages * 4096, low * 4096).unwrap();
-    let engine = SoftEngine::new(&memory).unwrap();
+    let engine = SoftEngine::promoting(&memory, promote).unwrap();
     let vcpus = if random.chance(30) { 2 } else { 1 };
     let states = state::guest(random, &memory, vcpus);
     let bus = Rubbish(AtomicU64::new(random.next()));
@@ -118,6 +120,7 @@ fn note(tally: &mut Tally, exit: Exit, latency: Duration, vcpu: &mut dyn Vcpu) {
     *tally.ends.entry(end).or_default() += 1;
     let stats = vcpu.stats();
     tally.instructions += stats.instructions.unwrap_or(0);
+    tally.translated += stats.exits.get("translated_entries").copied().unwrap_or(0);
     tally.exceptions += stats.exits.get("exceptions").copied().unwrap_or(0);
     // What such a guest left behind can be saved, and what was saved is a state.
     let state = vcpu.state().unwrap();
@@ -147,9 +150,14 @@ fn disturb(random: &mut Random, engine: &dyn Engine, memory: &GuestMemory) {
     }
 }
 
-/// Runs one vCPU until it is kicked, several times; the shortest time from a kick to the end of `run`.
+/// Runs one vCPU until it is kicked, several times; the shortest time from a kick to the end of `run`. Of the
+/// interpreter's and the translator's the longer.
 pub fn shortest_latency(memory: &GuestMemory, state: &vireo_cpu::CpuState, bus: &(dyn Bus + Sync)) -> Duration {
-    let engine = SoftEngine::new(memory).unwrap();
+    [0, 1].map(|promote| latency(memory, state, bus, promote)).into_iter().max().unwrap_or_default()
+}
+
+fn latency(memory: &GuestMemory, state: &vireo_cpu::CpuState, bus: &(dyn Bus + Sync), promote: u32) -> Duration {
+    let engine = SoftEngine::promoting(memory, promote).unwrap();
     let (kickers, ready) = mpsc::channel();
     let (ended, ends) = mpsc::channel();
     thread::scope(|scope| {
