@@ -1,0 +1,267 @@
+//! The interpreter and the translator in lockstep: the same guest on both, compared again and again.
+//!
+//! Guests are made of random functions ([`sequence`]) and a script that calls them at both privileges and changes what
+//! they run on: their code, page tables, address spaces, control and debug registers, interrupts to itself. Where the
+//! guest writes to a port both engines stop, and registers and RAM must be the same; the script since the last stop is
+//! told otherwise. `VIREO_LOCKSTEP_CASES` says how many guests, `VIREO_LOCKSTEP_SEED` (default 1) which.
+#![cfg(target_arch = "x86_64")]
+
+#[path = "../host_cpu/case.rs"]
+#[allow(dead_code)]
+mod case;
+#[path = "../host_cpu/generate.rs"]
+#[allow(dead_code)]
+mod generate;
+mod guest;
+#[path = "../host_cpu/random.rs"]
+#[allow(dead_code)]
+mod random;
+#[path = "../host_cpu/sequence.rs"]
+#[allow(dead_code)]
+mod sequence;
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use guest::{Guest, RAM};
+use random::Random;
+use vireo_cpu::{Bus, CpuState, Engine, Exit, Kick, Vcpu, VcpuConfig};
+use vireo_engine::{SoftEngine, native::FeatureSet};
+use vireo_memory::GuestMemory;
+
+/// The longest code of a function.
+mod child {
+    pub const CODE_BYTES: usize = 0x400;
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+/// Stops the vCPU where the guest writes to a port.
+struct Stops {
+    port: AtomicU32,
+    kick: OnceLock<Arc<dyn Kick>>,
+}
+
+impl Bus for Stops {
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, port: u16, _: &[u8]) {
+        self.port.store(port.into(), Ordering::SeqCst);
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
+    }
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn eoi(&self, _: u8) {}
+}
+
+struct Machine {
+    memory: GuestMemory,
+    vcpu: Box<dyn Vcpu>,
+    bus: Arc<Stops>,
+}
+
+/// What a guest came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Stop {
+    Port(u32),
+    Crash(String),
+    /// It runs in circles.
+    Endless,
+}
+
+impl Machine {
+    fn new(guest: &Guest, promote: u32) -> Self {
+        let memory = GuestMemory::new(RAM, 0xc000_0000).expect("memory");
+        for (gpa, bytes) in &guest.memory {
+            memory.write(*gpa, bytes).expect("RAM");
+        }
+        let engine = SoftEngine::promoting(&memory, promote).expect("an engine");
+        let cpuid = engine.supported_cpuid().expect("CPUID");
+        let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).expect("a vCPU");
+        vcpu.set_state(&guest.state).expect("a state");
+        let bus = Arc::new(Stops { port: AtomicU32::new(0), kick: OnceLock::new() });
+        let _ = bus.kick.set(vcpu.kicker());
+        Self { memory, vcpu, bus }
+    }
+
+    fn run(&mut self) -> Stop {
+        self.bus.port.store(0, Ordering::SeqCst);
+        let kicker = self.vcpu.kicker();
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                if wait.recv_timeout(Duration::from_secs(2)).is_err() {
+                    kicker.kick();
+                }
+            });
+            let exit = self.vcpu.run(&*self.bus).expect("the vCPU");
+            let _ = done.send(());
+            match (exit, self.bus.port.load(Ordering::SeqCst)) {
+                (Exit::Crash(info), _) => Stop::Crash(info.reason),
+                (Exit::Kicked, 0) => Stop::Endless,
+                (Exit::Kicked, port) => Stop::Port(port),
+            }
+        })
+    }
+
+    fn state(&self) -> CpuState {
+        self.vcpu.state().expect("the state")
+    }
+
+    fn figure(&self, name: &str) -> u64 {
+        self.vcpu.stats().exits.get(name).copied().unwrap_or(0)
+    }
+}
+
+/// The first difference, in words.
+fn difference(a: &Machine, b: &Machine) -> Option<String> {
+    let (x, y) = (a.state(), b.state());
+    for i in 0..16 {
+        if x.gpr[i] != y.gpr[i] {
+            return Some(format!("register {i}: {:#x}, {:#x} (rip {:#x}, {:#x})", x.gpr[i], y.gpr[i], x.rip, y.rip));
+        }
+    }
+    let words = |s: &CpuState| {
+        [
+            ("rip", s.rip),
+            ("rflags", s.rflags),
+            ("cr0", s.cr0),
+            ("cr2", s.cr2),
+            ("cr3", s.cr3),
+            ("cr4", s.cr4),
+            ("efer", s.efer),
+            ("dr6", s.debug[4]),
+            ("dr7", s.debug[5]),
+        ]
+    };
+    for ((name, x), (_, y)) in words(&x).into_iter().zip(words(&y)) {
+        if x != y {
+            return Some(format!("{name}: {x:#x}, {y:#x}"));
+        }
+    }
+    if x.segments != y.segments {
+        return Some(format!("segments: {:x?}, {:x?}", x.segments, y.segments));
+    }
+    // The instruction and data pointers of x87 are only as good as the instruction before.
+    for (i, (x, y)) in x.xsave.iter().zip(&y.xsave).enumerate() {
+        if x != y {
+            return Some(format!("byte {i:#x} of the XSAVE area: {x:#x}, {y:#x}"));
+        }
+    }
+    let (mut p, mut q) = ([0u8; 0x1000], [0u8; 0x1000]);
+    for page in (0..RAM).step_by(0x1000).filter(|p| !guest::EXCEPTION_STACK.contains(p)) {
+        a.memory.read(page, &mut p).expect("RAM");
+        b.memory.read(page, &mut q).expect("RAM");
+        if let Some(at) = (0..0x1000).find(|&i| p[i] != q[i]) {
+            return Some(format!("RAM at {:#x}: {:#x}, {:#x}", page + at as u64, p[at], q[at]));
+        }
+    }
+    None
+}
+
+#[derive(Default)]
+struct Totals {
+    stops: u64,
+    translated: u64,
+    exceptions: u64,
+    interrupts: u64,
+    code_writes: u64,
+    endless: u64,
+    crashes: u64,
+}
+
+/// What is different, or how it went.
+fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
+    let mut interpreter = Machine::new(guest, 0);
+    let mut translators = [Machine::new(guest, 1), Machine::new(guest, 4)];
+    let mut last = 0;
+    loop {
+        let stop = interpreter.run();
+        if stop == Stop::Endless {
+            totals.endless += 1;
+            if std::env::var_os("VIREO_LOCKSTEP_TRACE").is_some() {
+                let at = interpreter.state();
+                println!("endless, {:x?} at {:#x}, rflags {:#x}, cr2 {:#x}, gpr {:x?}\n{}", at.debug, at.rip, at.rflags, at.cr2, at.gpr, guest.script(last, u64::MAX));
+            }
+            break;
+        }
+        let at = interpreter.state().rip;
+        for translator in &mut translators {
+            let other = translator.run();
+            let different = if stop == other {
+                difference(&interpreter, translator)
+            } else {
+                Some(format!("{stop:x?}, {other:x?} (rip {:#x}, {:#x})", at, translator.state().rip))
+            };
+            if let Some(different) = different {
+                return Err(format!("{different}\n{}", guest.script(last, at)));
+            }
+        }
+        totals.stops += 1;
+        if guest.is_script(at) {
+            last = at;
+        }
+        match stop {
+            Stop::Port(port) if port != guest::DONE => {}
+            Stop::Crash(_) => {
+                totals.crashes += 1;
+                break;
+            }
+            _ => break,
+        }
+    }
+    let [all, _] = &translators;
+    totals.translated += all.figure("translated_entries");
+    totals.exceptions += all.figure("exceptions");
+    totals.interrupts += all.figure("interrupts");
+    totals.code_writes += all.figure("code_writes");
+    Ok(())
+}
+
+#[test]
+fn the_translator_does_what_the_interpreter_does() {
+    let (first, cases) = (setting("VIREO_LOCKSTEP_FIRST", 0), setting("VIREO_LOCKSTEP_CASES", 60));
+    let seed = setting("VIREO_LOCKSTEP_SEED", 1);
+    let memory = GuestMemory::new(RAM, 0xc000_0000).expect("memory");
+    let cpuid = SoftEngine::new(&memory).and_then(|e| e.supported_cpuid()).expect("CPUID");
+    let pool = sequence::Pool::new(&FeatureSet::from_cpuid(&cpuid));
+    let mut totals = Totals::default();
+    let mut failed = Vec::new();
+    for case in first..first + cases {
+        let mut random = Random(seed << 40 ^ case);
+        let guest = Guest::new(&pool, &mut random);
+        if let Err(what) = lockstep(&guest, &mut totals) {
+            println!("guest {case}: interpreter, translator: {what}");
+            failed.push(case);
+            if failed.len() >= 5 {
+                break;
+            }
+        }
+    }
+    println!(
+        "{cases} guests: {} stops, {} entries of translated code, {} exceptions, {} interrupts, {} writes to code, {} \
+         endless, {} crashes",
+        totals.stops,
+        totals.translated,
+        totals.exceptions,
+        totals.interrupts,
+        totals.code_writes,
+        totals.endless,
+        totals.crashes
+    );
+    assert!(failed.is_empty(), "guests that differ: {failed:?}");
+    assert!(totals.stops > cases * 10 && totals.translated > cases * 100 && totals.code_writes > cases);
+    assert!(totals.endless + totals.crashes <= cases / 4);
+}
