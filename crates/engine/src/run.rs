@@ -86,6 +86,7 @@ impl Cpu {
                 continue;
             }
             let stepping = single && self.rflags & rflags::TF != 0;
+            let resumed = self.rflags & rflags::RF != 0;
             self.transferred = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
@@ -127,7 +128,10 @@ impl Cpu {
                 Ctl::Crash => return Ctl::Crash,
             }
             if single {
-                self.rflags &= !rflags::RF;
+                // But for the one that IRET has just loaded: it is for the next instruction.
+                if resumed {
+                    self.rflags &= !rflags::RF;
+                }
                 let hits = std::mem::take(&mut self.breakpoint_hits);
                 let stepped = stepping && !self.transferred;
                 if (stepped || hits != 0) && ctl == Ctl::Next {
