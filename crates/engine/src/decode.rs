@@ -64,7 +64,7 @@ fn bitness(mode_bits: u8) -> u32 {
 impl Cpu {
     /// Decodes the block at `linear`, whose first page is at `gpa`.
     pub(crate) fn decode_block(&mut self, linear: u64, gpa: u64) -> Run<*const Block> {
-        if self.cache.is_full() || self.stubs_full {
+        if self.cache.is_full() || self.cache.code.is_full() || self.stubs_full {
             self.clear_code();
         }
         let start = gpa | (linear & PAGE_MASK);

@@ -143,7 +143,13 @@ impl Cpu {
         // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
         let (gpa, count, shape, second) =
             unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
-        if shape != mode::CODE64 || second.is_some() || self.cache.code.is_full() {
+        if shape != mode::CODE64 || second.is_some() {
+            return false;
+        }
+        if self.cache.code.is_full() {
+            // There is room again when the next new block was decoded.
+            // SAFETY: as above.
+            unsafe { (*block).runs_left = self.cache.promote };
             return false;
         }
         let Some(page) = self.memory.host_page(gpa & !PAGE_MASK) else { return false };
@@ -155,9 +161,11 @@ impl Cpu {
         let instructions: Vec<Instruction> = (0..count).map(|_| decoder.decode()).collect();
         // SAFETY: as above.
         let ops = unsafe { std::slice::from_raw_parts((*block).ops, (*block).abortable as usize) };
-        // Another vCPU may have written here a moment ago: then this block is about to go anyway.
-        let same = ops.iter().zip(&instructions).all(|(op, insn)| {
-            u64::from(op.off) == insn.ip() && usize::from(op.len) == insn.len() && !insn.is_invalid()
+        // Another vCPU may have written here a moment ago, and the block is about to go: nothing is made of what was
+        // decoded from other bytes.
+        let same = ops.iter().zip(&instructions).enumerate().all(|(i, (op, insn))| {
+            let fused = i + 1 == ops.len() && ops.len() < instructions.len();
+            !insn.is_invalid() && u64::from(op.off) == insn.ip() && is_same(op, &self.lower(insn, op.off).op, fused)
         });
         if !same {
             return false;
@@ -197,6 +205,13 @@ impl Cpu {
         c.nanoseconds += started.elapsed().as_nanos() as u64;
         true
     }
+}
+
+/// Whether two ops stand for the same instruction; one that does the jump behind it too differs where that is.
+fn is_same(a: &Uop, b: &Uop, fused: bool) -> bool {
+    let operands = |op: &Uop| (op.imm, op.dst, op.src, op.base, op.index, op.scale, op.seg, op.len, op.asz);
+    let rest = |op: &Uop| (op.handler as usize, op.disp, op.aux);
+    operands(a) == operands(b) && (fused || rest(a) == rest(b))
 }
 
 impl Work<'_> {
