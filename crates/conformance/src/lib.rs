@@ -82,7 +82,7 @@ table! { $
         one_shot, periodic, tsc_deadline, counts_down,
     }
     smp {
-        start_by_sipi, atomic_counters, ipis_both_ways, broadcast, code_of_the_other, shootdown,
+        start_by_sipi, atomic_counters, ipis_both_ways, broadcast, code_of_the_other, shootdown, patched_code, shootdowns,
     }
     contention {
         atomics_beside_code, entries_taken_away,

@@ -351,3 +351,87 @@ smp_guest! {
         iretq
     "#
 }
+
+smp_guest! {
+    /// The same thousands of times: code is run, changed, and run again by a processor that serialises.
+    smp patched_code, 2, &[0, 0x77],
+    r#"
+        mov byte ptr [0x90003], 0xb8 // MOV EAX, 0
+        mov dword ptr [0x90004], 0
+        mov byte ptr [0x90008], 0xc3 // RET
+        START 1, 0, 22f
+        mov ebp, 1
+    21: mov [0x90004], ebp
+        mov [0x20000], ebp
+        WAIT_FOR ebp, [0x20004]
+        inc ebp
+        cmp ebp, 5000
+        jne 21b
+        REPORT dword ptr [0x20008]
+        REPORT 0x77
+        DONE
+    22: xor r8d, r8d
+    23: mov r9d, [0x20000]
+        pause
+        cmp r9d, r8d
+        je 23b
+        xor eax, eax
+        cpuid
+        mov edx, 0x90003
+        call rdx
+        cmp eax, r9d
+        je 24f
+        inc dword ptr [0x20008]
+    24: mov r8d, r9d
+        mov [0x20004], r8d
+        jmp 23b
+    "#
+}
+
+smp_guest! {
+    /// Pages are exchanged under a running processor: once it has dropped the translation it never sees the old page.
+    smp shootdowns, 2, &[0, 0x77],
+    r#"
+        HANDLER 0x50, 24f
+        mov dword ptr [0x90000], 1
+        mov dword ptr [0x91000], 1
+        mov dword ptr [0x4010], 0x60003 // 0x80000000
+        mov dword ptr [0x60000], 0x61003
+        mov dword ptr [0x61000], 0x90003
+        START 1, 0, 22f
+        WAIT_FOR 1, dword ptr [0x20000]
+        mov ebp, 2
+        mov esi, 0x91003
+        mov edi, 0x90000
+    21: mov [0x61000], esi
+        ICR 1, 0x4050
+        WAIT_FOR ebp, dword ptr [0x20000]
+        mov dword ptr [rdi], 0xdead
+        mov dword ptr [rdi], 1
+        mov eax, esi
+        lea esi, [rdi + 3]
+        lea edi, [rax - 3]
+        inc ebp
+        cmp ebp, 3000
+        jne 21b
+        REPORT dword ptr [0x20008]
+        REPORT 0x77
+        DONE
+    22: mov ebx, 0x80000000
+        mov ecx, [rbx]
+        mov dword ptr [0x20000], 1
+        sti
+    23: mov ecx, [rbx]
+        mov edx, [rbx]
+        add ecx, edx
+        cmp ecx, 2
+        je 23b
+        inc dword ptr [0x20008]
+        jmp 23b
+    24: invlpg [rbx]
+        EOI
+        inc dword ptr [0x20000]
+        add rsp, 8
+        iretq
+    "#
+}

@@ -209,7 +209,9 @@ fn sequences() {
         }
     }
     let translated = engines.translator.translated;
-    println!("{done} sequences, {faults} of them ended by a fault, {translated} translated, the host's child died of {died}");
+    println!(
+        "{done} sequences, {faults} of them ended by a fault, {translated} translated, the host's child died of {died}"
+    );
     assert!(differences.is_empty(), "sequences that differ: {differences:?}");
     assert!(died <= 1 + done / 10_000);
     assert!(translated > done * 9 / 10 && faults > done / 20 && faults < done * 9 / 10);
@@ -228,12 +230,7 @@ impl Engines {
         Self { interpreter: engine(0), translator: engine(1), mixed: engine(3) }
     }
 
-    fn difference(
-        &mut self,
-        case: &Case,
-        assembled: &sequence::Assembled,
-        native: &case::Outcome,
-    ) -> Option<String> {
+    fn difference(&mut self, case: &Case, assembled: &sequence::Assembled, native: &case::Outcome) -> Option<String> {
         let engines =
             [("interpreter", &mut self.interpreter), ("translator", &mut self.translator), ("both", &mut self.mixed)];
         for (name, engine) in engines {

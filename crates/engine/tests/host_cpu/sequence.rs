@@ -143,7 +143,10 @@ fn is_left_out(code: Code) -> bool {
             .any(|part| name.starts_with(part) || name.starts_with(&format!("VEX_{part}")))
         || matches!(code, Code::Shld_rm16_r16_imm8 | Code::Shld_rm16_r16_CL)
         || matches!(code, Code::Shrd_rm16_r16_imm8 | Code::Shrd_rm16_r16_CL)
-        || matches!(code.mnemonic(), M::Enter | M::Leave | M::Xlatb | M::Ldmxcsr | M::Vldmxcsr | M::Monitor | M::Mwait | M::Clzero)
+        || matches!(
+            code.mnemonic(),
+            M::Enter | M::Leave | M::Xlatb | M::Ldmxcsr | M::Vldmxcsr | M::Monitor | M::Mwait | M::Clzero
+        )
         || code.instruction_is_string()
 }
 
@@ -393,6 +396,11 @@ struct Builder<'a> {
 }
 
 const RSP: u32 = 4;
+/// What the functions of [`function`] take the segments' bases to be.
+#[allow(dead_code)]
+pub const FS_BASE: u64 = 0x1230;
+#[allow(dead_code)]
+pub const GS_BASE: u64 = 0x4560u64.wrapping_neg();
 
 pub fn sequence(pool: &Pool, random: &mut Random) -> Sequence {
     let rip = CODE + 0x10 + random.below(0xb00);
@@ -601,6 +609,12 @@ impl Builder<'_> {
                 set(Register::EAX + base, none, 1, u64::from(target.wrapping_sub(value) as u32));
                 insn.set_memory_displ_size(4);
             }
+        }
+        if self.tame && self.random.chance(12) {
+            let fs = self.random.chance(50);
+            insn.set_segment_prefix(if fs { Register::FS } else { Register::GS });
+            let segment = if fs { FS_BASE } else { GS_BASE };
+            insn.set_memory_displacement64(insn.memory_displacement64().wrapping_sub(segment));
         }
         let displacement = insn.memory_displacement64() as i64;
         let base = insn.memory_base();

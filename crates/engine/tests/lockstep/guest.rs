@@ -10,6 +10,8 @@ use super::{
 };
 
 pub const RAM: u64 = 4 << 20;
+/// Nothing is above it.
+pub const USED: u64 = 0x22_0000;
 /// Where the stack of exceptions is: their frames have flags that are nobody's business.
 pub const EXCEPTION_STACK: std::ops::Range<u64> = 0x2_4000..0x2_8000;
 /// The port that says that the script is over; any other is a stop on the way.
@@ -107,7 +109,8 @@ impl Guest {
         }
         memory.push((DATA_AT, data));
         let pcid = random.chance(60);
-        let mapped = [0, 1].map(|space| [[0u64; MAPPED as usize]; 2].map(|_| std::array::from_fn(|i| first_page(space, i as u64))));
+        let mapped = [0, 1]
+            .map(|space| [[0u64; MAPPED as usize]; 2].map(|_| std::array::from_fn(|i| first_page(space, i as u64))));
         let contents = (0..functions.len()).collect();
         let mut script = Script {
             random,
@@ -563,6 +566,8 @@ fn state(pcid: bool) -> CpuState {
     let mut state = CpuState::reset();
     state.segments = [data; 6];
     state.segments[1] = Segment { selector: 8, base: 0, limit: u32::MAX, rights: 0xa09b, unusable: false };
+    state.segments[4].base = sequence::FS_BASE;
+    state.segments[5].base = sequence::GS_BASE;
     state.tr = Segment { selector: 0x30, base: TSS, limit: 0x67, rights: 0x8b, unusable: false };
     state.ldtr = Segment { unusable: true, ..Segment::default() };
     state.gdtr = DescriptorTable { base: GDT, limit: 0x3f };

@@ -28,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use guest::{Guest, RAM};
+use guest::{Guest, RAM, USED};
 use random::Random;
 use vireo_cpu::{Bus, CpuState, Engine, Exit, Kick, Vcpu, VcpuConfig};
 use vireo_engine::{SoftEngine, native::FeatureSet};
@@ -161,7 +161,7 @@ fn difference(a: &Machine, b: &Machine) -> Option<String> {
         }
     }
     let (mut p, mut q) = ([0u8; 0x1000], [0u8; 0x1000]);
-    for page in (0..RAM).step_by(0x1000).filter(|p| !guest::EXCEPTION_STACK.contains(p)) {
+    for page in (0..USED).step_by(0x1000).filter(|p| !guest::EXCEPTION_STACK.contains(p)) {
         a.memory.read(page, &mut p).expect("RAM");
         b.memory.read(page, &mut q).expect("RAM");
         if let Some(at) = (0..0x1000).find(|&i| p[i] != q[i]) {
@@ -193,7 +193,15 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
             totals.endless += 1;
             if std::env::var_os("VIREO_LOCKSTEP_TRACE").is_some() {
                 let at = interpreter.state();
-                println!("endless, {:x?} at {:#x}, rflags {:#x}, cr2 {:#x}, gpr {:x?}\n{}", at.debug, at.rip, at.rflags, at.cr2, at.gpr, guest.script(last, u64::MAX));
+                println!(
+                    "endless, {:x?} at {:#x}, rflags {:#x}, cr2 {:#x}, gpr {:x?}\n{}",
+                    at.debug,
+                    at.rip,
+                    at.rflags,
+                    at.cr2,
+                    at.gpr,
+                    guest.script(last, u64::MAX)
+                );
             }
             break;
         }
@@ -232,7 +240,7 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
 
 #[test]
 fn the_translator_does_what_the_interpreter_does() {
-    let (first, cases) = (setting("VIREO_LOCKSTEP_FIRST", 0), setting("VIREO_LOCKSTEP_CASES", 60));
+    let (first, cases) = (setting("VIREO_LOCKSTEP_FIRST", 0), setting("VIREO_LOCKSTEP_CASES", 30));
     let seed = setting("VIREO_LOCKSTEP_SEED", 1);
     let memory = GuestMemory::new(RAM, 0xc000_0000).expect("memory");
     let cpuid = SoftEngine::new(&memory).and_then(|e| e.supported_cpuid()).expect("CPUID");
