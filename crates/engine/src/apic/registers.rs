@@ -216,6 +216,10 @@ impl LocalApic {
         if self.svr.load(Ordering::Relaxed) & SVR_ENABLED == 0 {
             value |= LVT_MASKED;
         }
+        if entry == lvt::TIMER {
+            // A count that ran out until now did so under the entry as it was: masked, perhaps.
+            self.timer_due();
+        }
         self.lvt[entry].store(value, Ordering::Relaxed);
         if entry == lvt::TIMER {
             self.timer.set_mode(value >> 17 & 3);
