@@ -6,7 +6,10 @@ use vireo_cpu::{CpuState, DescriptorTable, Engine, Exit, Segment, VcpuConfig};
 use vireo_engine::SoftEngine;
 use vireo_memory::GuestMemory;
 
-use super::round::{Rubbish, shortest_latency};
+use super::{
+    random::Random,
+    round::{Rubbish, shortest_latency},
+};
 
 const RAM: u64 = 4 << 20;
 const TABLES: u64 = 0x1000;
@@ -155,4 +158,98 @@ fn code_outside_ram_is_a_crash_that_says_so() {
         Exit::Crash(info) => assert!(info.reason.contains("outside RAM"), "{info:?}"),
         Exit::Kicked => unreachable!("nobody kicks"),
     }
+}
+
+/// One vCPU runs random code, another and a device copy other random code over it all the while.
+#[test]
+fn code_that_others_change_all_the_time_does_no_harm() {
+    const PAGE: u64 = 0x20_0000;
+    const SOURCES: u64 = 0x28_0000;
+    const COPIES: u64 = 16;
+    const HANDLER: u64 = 0x2_0000;
+    // again: mov ebx, SOURCES; next: mov esi, ebx; mov edi, PAGE; mov ecx, 512; rep movsq; add ebx, 0x1000;
+    // cmp ebx, the end; jb next; jmp again
+    let mut copier = vec![0xfc, 0xbb];
+    copier.extend((SOURCES as u32).to_le_bytes());
+    copier.extend([0x89, 0xde, 0xbf]);
+    copier.extend((PAGE as u32).to_le_bytes());
+    copier.extend([0xb9, 0, 2, 0, 0, 0xf3, 0x48, 0xa5, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xfb]);
+    copier.extend(((SOURCES + COPIES * 0x1000) as u32).to_le_bytes());
+    copier.extend([0x72, 0xe1, 0xeb, 0xda]);
+    // add dword [HANDLER - 8], 0x4f; mov eax, [HANDLER - 8]; and eax, 0xfff; add eax, PAGE; mov esp, 0x9000; jmp rax
+    let mut handler = vec![0x83, 0x04, 0x25];
+    handler.extend((HANDLER as u32 - 8).to_le_bytes());
+    handler.extend([0x4f, 0x8b, 0x04, 0x25]);
+    handler.extend((HANDLER as u32 - 8).to_le_bytes());
+    handler.extend([0x25, 0xff, 0x0f, 0, 0, 0x05]);
+    handler.extend((PAGE as u32).to_le_bytes());
+    handler.extend([0xbc, 0, 0x90, 0, 0, 0xff, 0xe0]);
+    let (memory, state) = long_mode(&copier);
+    let fill = |memory: &GuestMemory, random: &mut Random| {
+        for copy in 0..COPIES {
+            let code = super::code::program(random, 64, 0x1000, RAM);
+            memory.write(SOURCES + copy * 0x1000, &code[..0x1000]).unwrap();
+        }
+    };
+    let (again, _) = long_mode(&copier);
+    let mut start = vec![0; 0x3_0000];
+    again.read(0, &mut start).unwrap();
+    let whole = |memory: &GuestMemory| {
+        memory.write(0, &start).unwrap();
+        memory.write(HANDLER, &handler).unwrap();
+        for number in 0..32 {
+            gate(memory, number, HANDLER);
+        }
+    };
+    fill(&memory, &mut Random(7));
+    whole(&memory);
+    let engine = SoftEngine::promoting(&memory, 1).unwrap();
+    let (kickers, ready) = std::sync::mpsc::channel();
+    let stop = AtomicU64::new(0);
+    let runs: Vec<(u64, u64)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..2u32)
+            .map(|id| {
+                let (kickers, engine, memory, stop, whole) = (kickers.clone(), &engine, &memory, &stop, &whole);
+                let mut state = state.clone();
+                if id == 0 {
+                    state.rip = PAGE;
+                    state.gpr[4] = 0x9000;
+                }
+                scope.spawn(move || {
+                    let cpuid = engine.supported_cpuid().unwrap();
+                    let mut vcpu = engine.create_vcpu(&VcpuConfig { id, count: 2, cpuid }).unwrap();
+                    kickers.send(vcpu.kicker()).unwrap();
+                    let mut runs = 0;
+                    while stop.load(std::sync::atomic::Ordering::SeqCst) == 0 {
+                        // What the last run destroyed is there again.
+                        whole(memory);
+                        vcpu.set_state(&state).unwrap();
+                        vcpu.run(&bus()).unwrap();
+                        runs += 1;
+                    }
+                    let exits = vcpu.stats().exits;
+                    (runs, exits.get("translated_blocks").copied().unwrap_or(0))
+                })
+            })
+            .collect();
+        let kickers = [ready.recv().unwrap(), ready.recv().unwrap()];
+        let end = std::time::Instant::now() + Duration::from_millis(1500);
+        let mut random = Random(8);
+        while std::time::Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+            memory.write_pod(PAGE + random.below(0xff8), random.next()).unwrap();
+            if random.chance(10) {
+                fill(&memory, &mut random);
+                kickers.iter().for_each(|kicker| kicker.kick());
+            }
+        }
+        stop.store(1, std::sync::atomic::Ordering::SeqCst);
+        while !threads.iter().all(|thread| thread.is_finished()) {
+            kickers.iter().for_each(|kicker| kicker.kick());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    println!("runs, translated blocks: {runs:?}");
+    assert!(runs[0].1 > 1000);
 }
