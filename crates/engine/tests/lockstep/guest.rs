@@ -131,6 +131,25 @@ impl Guest {
         Self { memory, state: state(pcid), steps, functions }
     }
 
+    /// Two rounds through as much code as there is room for: `ADD [RDI + n], RAX` again and again.
+    pub fn long() -> (Self, u64) {
+        let mut memory = Vec::new();
+        tables(&mut memory);
+        descriptors(&mut memory);
+        memory.push((STUBS, stubs()));
+        let count = (RAM - USED - 0x100) / 4;
+        let mut code: Vec<u8> = (0..count).flat_map(|i| [0x48, 0x01, 0x47, (i % 8) as u8 * 8]).collect();
+        // DEC ECX; JZ over; JMP the start; over: OUT
+        code.extend([0xff, 0xc9, 0x74, 5, 0xe9]);
+        code.extend((-(code.len() as i32 + 4)).to_le_bytes());
+        code.extend([0xe6, DONE as u8, 0xeb, 0xfe]);
+        memory.push((USED, code));
+        let mut state = state(false);
+        state.rip = USED;
+        (state.gpr[0], state.gpr[1], state.gpr[7]) = (1, 2, 0x6000);
+        (Self { memory, state, steps: Vec::new(), functions: Vec::new() }, count * 2)
+    }
+
     pub fn is_script(&self, rip: u64) -> bool {
         (SCRIPT..SCRIPT + SCRIPT_BYTES as u64).contains(&rip)
     }

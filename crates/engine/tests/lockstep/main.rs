@@ -102,7 +102,7 @@ impl Machine {
         let (done, wait) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                if wait.recv_timeout(Duration::from_secs(2)).is_err() {
+                if wait.recv_timeout(Duration::from_secs(5)).is_err() {
                     kicker.kick();
                 }
             });
@@ -272,4 +272,19 @@ fn the_translator_does_what_the_interpreter_does() {
     assert!(failed.is_empty(), "guests that differ: {failed:?}");
     assert!(totals.stops > cases * 10 && totals.translated > cases * 100 && totals.code_writes > cases);
     assert!(totals.endless + totals.crashes <= cases / 4);
+}
+
+/// More code than translations have room for: they are forgotten and made again.
+#[test]
+fn a_full_code_buffer_is_emptied() {
+    let (guest, additions) = Guest::long();
+    let mut machine = Machine::new(&guest, 1);
+    assert_eq!(machine.run(), Stop::Port(guest::DONE));
+    let mut sums = [0; 64];
+    machine.memory.read(0x6000, &mut sums).expect("RAM");
+    let sum: u64 = sums.chunks(8).map(|sum| u64::from_le_bytes(sum.try_into().unwrap_or_default())).sum();
+    assert_eq!(sum, additions);
+    let (clears, translated) = (machine.figure("code_cache_clears"), machine.figure("translated_instructions"));
+    println!("{additions} additions, {translated} instructions translated, {clears} times nothing was left");
+    assert!(clears >= 2 && translated > additions * 9 / 10);
 }
