@@ -143,9 +143,11 @@ impl Cpu {
             self.inspect_access(linear, out.len(), false)?;
         }
         let first = (0x1000 - (linear & PAGE_MASK)).min(out.len() as u64) as usize;
+        let out_bytes = out.len() as u64;
         let (head, tail) = out.split_at_mut(first);
         if !tail.is_empty() {
             // Both pages must be there before a device sees anything.
+            self.check_canonical(linear.wrapping_add(out_bytes - 1))?;
             self.translate_data(linear, Access::Read, system)?;
             self.translate_data(linear.wrapping_add(first as u64), Access::Read, system)?;
         }
@@ -181,6 +183,7 @@ impl Cpu {
         let first = (0x1000 - (linear & PAGE_MASK)).min(data.len() as u64) as usize;
         let (head, tail) = data.split_at(first);
         if !tail.is_empty() {
+            self.check_canonical(linear.wrapping_add(data.len() as u64 - 1))?;
             self.translate_data(linear, Access::Write, system)?;
             self.translate_data(linear.wrapping_add(first as u64), Access::Write, system)?;
         }
@@ -251,8 +254,9 @@ impl Cpu {
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
         let access = if write { Access::Write } else { Access::Read };
-        let gpa = self.translate_data(linear, access, false)?;
         let last = linear.wrapping_add(len - 1);
+        self.check_canonical(last)?;
+        let gpa = self.translate_data(linear, access, false)?;
         if last & !PAGE_MASK != linear & !PAGE_MASK {
             // A fault there is told of the page's first byte.
             self.translate_data(last & !PAGE_MASK, access, false)?;
@@ -313,6 +317,12 @@ impl Cpu {
             }
         }
         Ok(())
+    }
+
+    /// An operand that ends in the hole of addresses is a #GP, whatever the page that it begins in.
+    #[inline]
+    fn check_canonical(&mut self, last: u64) -> Run {
+        if !canonical(last) && self.code64() { self.raise(NON_CANONICAL) } else { Ok(()) }
     }
 
     /// Guest-physical page of a data access with the current (or supervisor) privilege; fills the TLB.
