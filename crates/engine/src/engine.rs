@@ -1,6 +1,16 @@
 //! The engine behind the CPU seam.
 
-use std::{cell::RefCell, collections::BTreeMap, os::fd::BorrowedFd, ptr, sync::Arc, time::Instant};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    os::fd::BorrowedFd,
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
 
 use vireo_cpu::{
     Bus, CpuError, CpuState, Engine, Exit, Kick, MsiLine, MsiMessage, NoBus, RunStats, Vcpu, VcpuConfig,
@@ -34,6 +44,7 @@ pub struct SoftEngine {
     apics: Arc<ApicBus>,
     shared: Arc<Shared>,
     promote: u32,
+    counts: AtomicBool,
 }
 
 impl SoftEngine {
@@ -46,7 +57,20 @@ impl SoftEngine {
         let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::default());
         memory.set_watch(Arc::new(DeviceWrites { memory: memory.downgrade(), shared: shared.clone() }));
-        Ok(Arc::new(Self { memory: memory.clone(), clock: Clock::new(), apics, shared, promote }))
+        Ok(Arc::new(Self {
+            memory: memory.clone(),
+            clock: Clock::new(),
+            apics,
+            shared,
+            promote,
+            counts: AtomicBool::new(false),
+        }))
+    }
+
+    /// Has vCPUs that are made from now on count the instructions that they run translated. That costs a few percent;
+    /// otherwise only those are counted that are interpreted.
+    pub fn count_instructions(&self) {
+        self.counts.store(true, Ordering::Relaxed);
     }
 
     /// When the first instruction with user privilege ran, on any vCPU.
@@ -140,6 +164,7 @@ impl Engine for SoftEngine {
             counters: Counters::default(),
         });
         cpu.cache.promote = self.promote;
+        cpu.translated.counts = self.counts.load(Ordering::Relaxed);
         cpu.translated.cpu = &raw const *cpu as u64;
         cpu.translated.requests = cpu.signal.word();
         cpu.restore(&CpuState::reset())?;
@@ -233,7 +258,8 @@ impl Vcpu for SoftVcpu {
             ("mmio", c.mmio),
             ("halts", c.halts),
         ]);
-        RunStats { instructions: Some(c.instructions), exits }
+        let instructions = cpu.translated.counts.then_some(c.instructions);
+        RunStats { instructions, exits }
     }
 }
 

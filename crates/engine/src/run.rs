@@ -169,8 +169,10 @@ impl Cpu {
         self.counters.translated.entries += 1;
         self.translated.page = self.rip & !PAGE_MASK;
         let enter = self.cache.code.thunks.enter;
+        self.translated.running = true;
         // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
         unsafe { translate::enter(enter, self, (*block).code) };
+        self.translated.running = false;
         self.translated.clears = self.cache.clears;
         // Whoever comes next must not take this block for the one that a link leads from.
         self.block = ptr::null();

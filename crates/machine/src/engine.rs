@@ -41,11 +41,15 @@ impl EngineKind {
         }
     }
 
-    pub(crate) fn create(self, memory: &GuestMemory) -> Result<Created, CpuError> {
+    /// `metrics`: instructions are to be counted.
+    pub(crate) fn create(self, memory: &GuestMemory, metrics: bool) -> Result<Created, CpuError> {
         Ok(match self {
             Self::Kvm => Created { engine: KvmEngine::new(memory, KvmOptions::default())?, soft: None },
             Self::Soft => {
                 let soft = SoftEngine::new(memory)?;
+                if metrics {
+                    soft.count_instructions();
+                }
                 Created { engine: soft.clone(), soft: Some(soft) }
             }
         })

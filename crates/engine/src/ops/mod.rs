@@ -60,7 +60,7 @@ unsafe fn leave_at(cpu: &mut Cpu, op: *const Uop) {
     unsafe {
         let block = &*cpu.block;
         let index = cpu.translated.alone.unwrap_or_else(|| op.offset_from(block.ops) as usize) as u64;
-        cpu.counters.instructions -= u64::from(block.count).saturating_sub(index);
+        cpu.uncount(u64::from(block.count).saturating_sub(index));
         cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from((*op).off)) & cpu.ip_mask;
     }
     cpu.next = ptr::null();

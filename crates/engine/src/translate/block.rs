@@ -5,11 +5,12 @@ use iced_x86::{
 };
 
 use super::{
-    HOST,
+    ACCUMULATOR, HOST, STACK,
     emit::{Emitter, Label, Mem, T0, T1, cc},
+    flags::{self, Flags, Recipe},
     leave::Site,
     operand::{self, Carried, Copyable, Touch},
-    thunks::{FLAGS, PAGE, Thunks, VECTORS, gpr, state},
+    thunks::{PAGE, Thunks, VECTORS, gpr, state},
     vectors,
 };
 use crate::{
@@ -64,6 +65,7 @@ pub(super) enum Outline {
         site: u64,
         table: i32,
         flags: bool,
+        make: Option<Recipe>,
     },
     /// An instruction for the interpreter after all, in the middle of the block.
     Interpret {
@@ -75,6 +77,7 @@ pub(super) enum Outline {
     Last {
         from: Label,
         site: u64,
+        make: Option<Recipe>,
     },
     /// A jump that is not patched yet: its displacement's place.
     Link {
@@ -86,6 +89,7 @@ pub(super) enum Outline {
     Called {
         from: Label,
         to: i32,
+        make: Option<Recipe>,
     },
     CalledTo {
         from: Label,
@@ -96,14 +100,8 @@ pub(super) enum Outline {
         back: Label,
         at: i32,
         wanted: u32,
+        make: Option<Recipe>,
     },
-}
-
-/// Where the status flags are; at least one of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Flags {
-    pub memory: bool,
-    pub host: bool,
 }
 
 pub(super) struct Work<'a> {
@@ -116,9 +114,37 @@ pub(super) struct Work<'a> {
     /// Offset of this translation in the code buffer.
     at: usize,
     pub(super) flags: Flags,
+    /// How to make the flags again, if that is possible.
+    pub(super) recipe: Option<Recipe>,
     /// What the vectors' state is known to allow.
     vectors: u32,
+    counts: bool,
+    /// Where a block that leads back to itself goes on.
+    head: Option<Head>,
+    /// The state of flags with which it does, before there is a head.
+    again: Option<Flags>,
+    exits: Vec<Exit>,
 }
+
+/// The start of a loop, inside of a translation.
+#[derive(Clone, Copy)]
+struct Head {
+    label: Label,
+    recipe: Option<Recipe>,
+    vectors: u32,
+}
+
+/// A way out of the block that is made behind it.
+struct Exit {
+    from: Label,
+    to: i64,
+    here: i64,
+    flags: Flags,
+    recipe: Option<Recipe>,
+}
+
+/// Loops of more instructions are not made twice.
+const LONGEST_LOOP: usize = 40;
 
 /// Whether the translation goes on behind an instruction.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -127,8 +153,6 @@ enum Flow {
     Ended,
 }
 
-/// The host register of the guest's stack pointer.
-pub(super) const STACK: u8 = 15;
 const SEG_BASE: usize = std::mem::offset_of!(Cpu, seg_base);
 const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
 const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
@@ -182,8 +206,13 @@ impl Cpu {
             block,
             start: from as i64,
             at: self.cache.code.next_offset(),
-            flags: Flags { memory: true, host: false },
+            flags: Flags::IN_MEMORY,
+            recipe: None,
             vectors: 0,
+            counts: self.translated.counts,
+            head: None,
+            again: None,
+            exits: Vec::new(),
         };
         work.block(ops, &instructions);
         let dead = t.emitter.here();
@@ -220,10 +249,36 @@ impl Work<'_> {
     }
 
     fn block(&mut self, ops: &[Uop], instructions: &[Instruction]) {
-        // At least five bytes that nothing leads into: see `CodeBuffer::cut`.
-        let counted =
-            Mem::State(std::mem::offset_of!(Cpu, counters) + std::mem::offset_of!(crate::cpu::Counters, instructions));
-        self.e().group1_mem(true, 0, counted, instructions.len() as i32);
+        self.count(instructions.len());
+        self.body(ops, instructions);
+        if let Some(flags) = self.again.take() {
+            // The block leads back to itself: once more, with what is known at its end known at its start.
+            let label = self.e().mark();
+            self.head = Some(Head { label, recipe: self.recipe, vectors: self.vectors });
+            self.flags = flags;
+            self.poll(self.start as i32);
+            self.flags.host = false;
+            self.count(instructions.len());
+            self.body(ops, instructions);
+        }
+        for exit in std::mem::take(&mut self.exits) {
+            self.e().bind(exit.from);
+            self.flags_set(exit.flags, exit.recipe);
+            self.pack();
+            self.go(exit.to, exit.here);
+        }
+        self.outlines();
+    }
+
+    fn count(&mut self, instructions: usize) {
+        if self.counts {
+            let counted = std::mem::offset_of!(crate::cpu::Counters, instructions);
+            let counted = Mem::State(std::mem::offset_of!(Cpu, counters) + counted);
+            self.e().group1_mem(true, 0, counted, instructions as i32);
+        }
+    }
+
+    fn body(&mut self, ops: &[Uop], instructions: &[Instruction]) {
         let mut flow = Flow::On;
         for (index, insn) in instructions.iter().enumerate() {
             // A comparison and the jump behind it may be one op.
@@ -240,13 +295,12 @@ impl Work<'_> {
             self.pack();
             self.go(self.start + end, self.start + end);
         }
-        self.outlines();
     }
 
     /// One instruction. `compares`: its op does the jump behind it too. `jumps`: it is that jump.
     fn instruction(&mut self, insn: &Instruction, op: &Uop, index: usize, compares: bool, jumps: bool) -> Flow {
         if jumps || is_jcc(insn) {
-            return self.conditional_jump(insn, op, index);
+            return self.conditional_jump(insn, index);
         }
         if let Some(flow) = self.control(insn, op, index) {
             return flow;
@@ -268,33 +322,13 @@ impl Work<'_> {
         }
         let interpret = self.thunks.interpret;
         self.e().call_address(interpret);
-        self.flags = Flags { memory: true, host: false };
+        self.flags_set(Flags::IN_MEMORY, None);
         self.vectors = 0;
         Flow::On
     }
 
     pub(super) fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {
         Site { block: self.block, index, bytes, write }.pack().expect("blocks are in the lower half and short")
-    }
-
-    // ---- Flags ----
-
-    /// Flags to memory, if they are only in the host's. Uses RAX; the host's flags stay.
-    pub(super) fn pack(&mut self) {
-        if !self.flags.memory {
-            // LAHF; SETO AL; MOV [flags], AX
-            self.e().raw(&[0x9f, 0x0f, 0x90, 0xc0]);
-            self.e().prefixed(&[0x66], false, &[0x89], T0, FLAGS);
-            self.flags.memory = true;
-        }
-    }
-
-    /// Flags to the host's, if they are only in memory. Uses RAX.
-    fn unpack(&mut self) {
-        if !self.flags.host {
-            unpack_flags(self.e());
-            self.flags.host = true;
-        }
     }
 
     // ---- Memory ----
@@ -356,15 +390,15 @@ impl Work<'_> {
         }
     }
 
-    /// From the linear address in T0 to the host's. Uses T1 and the host's flags, which must be in memory.
+    /// From the linear address in T0 to the host's. Uses T1 and the host's flags.
     fn look_up(&mut self, bytes: u64, write: bool) -> (Label, Label, i32) {
-        debug_assert!(self.flags.memory);
+        debug_assert!(self.flags.memory || self.recipe.is_some());
         let table = if write { WRITE_TABLE } else { READ_TABLE };
         let bmi2 = self.t.bmi2;
         let e = &mut self.t.emitter;
         if bmi2 {
-            // RORX R11D, EAX, 8
-            e.raw(&[0xc4, 0x63, 0x7b, 0xf0, 0xd8, 0x08]);
+            // RORX R15D, EAX, 8
+            e.raw(&[0xc4, 0x63, 0x7b, 0xf0, 0xf8, 0x08]);
         } else {
             e.mov32(T1, T0);
             e.shift(false, 5, T1, 8);
@@ -393,10 +427,12 @@ impl Work<'_> {
             let from = self.e().label();
             self.e().jcc(cc::NE, from);
             // Which the interpreter says.
-            self.t.outlines.push(Outline::Last { from, site });
+            let make = self.missing_flags();
+            self.t.outlines.push(Outline::Last { from, site, make });
         }
+        let make = self.missing_flags();
         let (missed, again, table) = self.look_up(bytes, write);
-        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false });
+        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make });
     }
 
     /// The outlines pushed since `first` come back to a place where flags are in the host's.
@@ -455,8 +491,14 @@ impl Work<'_> {
         }
         let done = self.e().label();
         let first = self.t.outlines.len();
+        let overwritten = found.flags_out && !found.flags_in;
+        let written = host_mask(found.writes);
         if has_memory {
-            self.pack();
+            if found.flags_in {
+                self.pack();
+            }
+            // Flags that are about to be overwritten must be there for a fault, not for longer.
+            self.keep_flags(if overwritten { 0 } else { written });
             let _ = self.address(op, i64::from(disp));
             self.access(index, found.bytes, found.touch == Touch::Write, alignment, done);
             if place.memory == T1 {
@@ -465,9 +507,11 @@ impl Work<'_> {
         }
         if found.flags_in {
             self.unpack();
+        } else if !has_memory && !found.flags_out {
+            self.keep_recipe(written);
         }
         if found.accumulator {
-            self.e().mov(T0, 10);
+            self.e().mov(T0, ACCUMULATOR);
         }
         for (carried, host) in &place.carried {
             if carried.read {
@@ -476,7 +520,7 @@ impl Work<'_> {
         }
         self.e().raw(&bytes);
         if found.accumulator {
-            self.e().mov(10, T0);
+            self.e().mov(ACCUMULATOR, T0);
         }
         for (carried, host) in &place.carried {
             if carried.write {
@@ -484,7 +528,11 @@ impl Work<'_> {
             }
         }
         if found.flags_out {
-            self.flags = Flags { memory: false, host: true };
+            let simple = place.carried.is_empty() && !found.accumulator;
+            let recipe = if simple && overwritten { Recipe::of(&insn, &bytes) } else { None };
+            self.flags_set(Flags::IN_HOST, recipe);
+        } else if !has_memory && found.flags_in {
+            self.keep_recipe(written);
         }
         if has_memory {
             // An instruction that the interpreter did has left its flags in memory.
@@ -532,7 +580,7 @@ impl Work<'_> {
             insn.set_op_register(i, operand::renamed(register, host)?);
         }
         if has_memory {
-            insn.set_memory_base(if memory == T1 { Register::R11 } else { Register::RAX });
+            insn.set_memory_base(if memory == T1 { Register::R15 } else { Register::RAX });
         }
         let encoded = self.t.encoder.encode(insn, 0);
         // Also what a failed attempt left there: AH and its like cannot go with registers that want a REX prefix.
@@ -546,13 +594,14 @@ impl Work<'_> {
             return;
         }
         // The test below takes the host's flags.
-        self.pack();
+        self.keep_flags(0);
+        let make = self.missing_flags();
         self.e().test_byte(VECTORS, wanted as u8);
         self.flags.host = false;
         let from = self.e().label();
         self.e().jcc(cc::E, from);
         let back = self.e().mark();
-        self.t.outlines.push(Outline::Vectors { from, back, at, wanted });
+        self.t.outlines.push(Outline::Vectors { from, back, at, wanted, make });
         self.vectors |= wanted;
     }
 
@@ -561,6 +610,7 @@ impl Work<'_> {
     /// Where control goes next, at an offset from the page's start; `here` is where it comes from.
     fn go(&mut self, to: i64, here: i64) {
         debug_assert!(self.flags.memory);
+        self.whole_entry();
         if !(0..0x1000).contains(&to) {
             self.e().load(T0, PAGE);
             match i32::try_from(to) {
@@ -581,13 +631,21 @@ impl Work<'_> {
         self.t.outlines.push(Outline::Link { from, to: to as i32, site });
     }
 
+    /// The first five bytes of a translation are one day a jump out of it: none of its own jumps is among them.
+    fn whole_entry(&mut self) {
+        if self.e().here() < 5 {
+            self.e().raw(&[0x0f, 0x1f, 0x44, 0x00, 0x00]);
+        }
+    }
+
     /// Leaves for page offset `to` if a request is pending.
     fn poll(&mut self, to: i32) {
         let from = self.e().label();
         self.e().load(T1, state(std::mem::offset_of!(super::State, requests)));
         self.e().group1_mem(false, 7, Mem::Base(T1, 0), 0);
         self.e().jcc(cc::NE, from);
-        self.t.outlines.push(Outline::Called { from, to });
+        let make = self.missing_flags();
+        self.t.outlines.push(Outline::Called { from, to, make });
     }
 
     /// Jumps to the canonical address in RAX: through the table of blocks that began there lately.
@@ -612,16 +670,40 @@ impl Work<'_> {
         jump_to_found(e);
     }
 
-    fn conditional_jump(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Flow {
+    fn conditional_jump(&mut self, insn: &Instruction, index: usize) -> Flow {
         if insn.op0_kind() != OpKind::NearBranch64 {
             return self.leave_to_interpreter(index, true);
         }
-        let _ = op;
         let condition = insn.condition_code() as u8 - 1;
-        self.pack();
-        self.unpack();
         let taken = self.start.wrapping_add(insn.near_branch64() as i64);
         let next = self.start + insn.next_ip() as i64;
+        self.whole_entry();
+        if taken == self.start && index < LONGEST_LOOP {
+            if self.recipe.is_none() {
+                self.pack();
+            }
+            self.unpack();
+            let here = self.start + insn.ip() as i64;
+            match self.head {
+                None => {
+                    let from = self.e().label();
+                    self.e().jcc(condition ^ 1, from);
+                    let (flags, recipe) = (self.flags, self.recipe);
+                    self.exits.push(Exit { from, to: next, here, flags, recipe });
+                    self.again = Some(Flags { memory: recipe.is_none(), host: false });
+                    return Flow::Ended;
+                }
+                Some(head) if head.recipe == self.recipe && self.vectors & head.vectors == head.vectors => {
+                    self.e().jcc(condition, head.label);
+                    self.pack();
+                    self.go(next, here);
+                    return Flow::Ended;
+                }
+                Some(_) => {}
+            }
+        }
+        self.pack();
+        self.unpack();
         let direct = (0..0x1000).contains(&taken) && taken > next;
         if direct {
             let from = self.e().label();
@@ -715,7 +797,7 @@ impl Work<'_> {
         self.e().shift(true, 7, T1, 16);
         self.e().rr(true, &[0x39], T0, T1);
         self.e().jcc(cc::NE, from);
-        self.t.outlines.push(Outline::Last { from, site });
+        self.t.outlines.push(Outline::Last { from, site, make: None });
     }
 
     /// Pushes the return address, which is `next` bytes from the page's start.
@@ -739,14 +821,17 @@ impl Work<'_> {
             let thunks = self.thunks;
             let e = &mut self.t.emitter;
             match outline {
-                Outline::Slow { missed, again, done, site, table, flags } => {
+                Outline::Slow { missed, again, done, site, table, flags, make } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
                     e.constant(T1, site);
                     e.call_address(thunks.slow);
                     e.jcc(cc::NE, again);
                     if flags {
-                        unpack_flags(e);
+                        flags::unpack(e);
                     }
                     e.jmp(done);
                 }
@@ -756,8 +841,11 @@ impl Work<'_> {
                     e.call_address(thunks.careful);
                     e.jmp(done);
                 }
-                Outline::Last { from, site } => {
+                Outline::Last { from, site, make } => {
                     e.bind(from);
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
                     e.constant(T1, site);
                     e.jmp_address(thunks.last);
                 }
@@ -769,8 +857,11 @@ impl Work<'_> {
                     e.constant(T1, site as u64);
                     e.jmp_address(thunks.leave_link);
                 }
-                Outline::Called { from, to } => {
+                Outline::Called { from, to, make } => {
                     e.bind(from);
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
                     e.constant(T0, to as u64);
                     e.jmp_address(thunks.leave_at);
                 }
@@ -778,8 +869,11 @@ impl Work<'_> {
                     e.bind(from);
                     e.jmp_address(thunks.leave_to);
                 }
-                Outline::Vectors { from, back, at, wanted } => {
+                Outline::Vectors { from, back, at, wanted, make } => {
                     e.bind(from);
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
                     e.constant(T0, at as u64);
                     e.constant(T1, u64::from(wanted));
                     e.call_address(thunks.vectors);
@@ -805,10 +899,9 @@ pub(super) fn jump_to_found(e: &mut Emitter) {
     e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
 }
 
-/// MOVZX EAX, [flags]; CMP AL, 0x81 (overflows where AL is 1); SAHF.
-fn unpack_flags(e: &mut Emitter) {
-    e.rm(false, &[0x0f, 0xb7], T0, FLAGS);
-    e.raw(&[0x3c, 0x81, 0x9e]);
+/// The host registers of guest registers.
+pub(super) fn host_mask(guests: u16) -> u16 {
+    (0..16).filter(|g| guests >> g & 1 != 0).filter_map(|g| HOST[g as usize]).fold(0, |all, host| all | 1 << host)
 }
 
 fn is_jcc(insn: &Instruction) -> bool {

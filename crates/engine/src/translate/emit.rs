@@ -2,7 +2,7 @@
 
 /// Host registers by number. The two that no guest register lives in:
 pub const T0: u8 = 0;
-pub const T1: u8 = 11;
+pub const T1: u8 = 15;
 pub const RSP: u8 = 4;
 pub const RDI: u8 = 7;
 pub const RSI: u8 = 6;

@@ -55,6 +55,13 @@ pub unsafe fn stop(cpu: &mut Cpu, _: *const Uop) -> Ctl {
 }
 
 impl Cpu {
+    /// Instructions of the running block that were counted but did not run.
+    pub fn uncount(&mut self, instructions: u64) {
+        if !self.translated.running || self.translated.counts {
+            self.counters.instructions = self.counters.instructions.saturating_sub(instructions);
+        }
+    }
+
     /// Puts the interpreter's view of the running block in order.
     ///
     /// # Safety
@@ -88,7 +95,7 @@ impl Cpu {
             // What it brought about is seen at the next instruction: an interrupt, or new code behind it.
             if self.signal.pending() != 0 || !(*site.block).valid {
                 let done = u64::from((*op).off) + u64::from((*op).len);
-                self.counters.instructions -= u64::from((*site.block).count).saturating_sub(site.index as u64 + 1);
+                self.uncount(u64::from((*site.block).count).saturating_sub(site.index as u64 + 1));
                 self.rip = self.regs.gpr[slot::BLOCK].wrapping_add(done);
                 self.translated.left = Left::Next;
                 return LEAVE;
@@ -116,6 +123,8 @@ pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64
         let crosses = (linear ^ linear.wrapping_add(site.bytes - 1)) & !PAGE_MASK != 0;
         let found = if crosses { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
         let done = match found {
+            // Looking it up brought news of changed code: the block ends here, and a loop with it.
+            Ok(Some(_)) if !(*site.block).valid => cpu.run_alone(site),
             Ok(Some(host)) => host as u64,
             Ok(None) => cpu.run_alone(site),
             Err(_) => {
@@ -190,6 +199,7 @@ impl Default for State {
             cpu: 0,
             requests: std::ptr::null(),
             target: 0,
+            scratch: 0,
             site: 0,
             vectors: 0,
             left: Left::Next,
@@ -198,6 +208,8 @@ impl Default for State {
             alone: None,
             single: [end, end],
             interpret: false,
+            running: false,
+            counts: false,
             clears: 0,
         }
     }

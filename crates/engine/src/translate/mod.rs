@@ -6,7 +6,7 @@
 //!
 //! While translated code runs
 //! * thirteen guest registers live in host registers ([`HOST`]), the other three in [`Regs`](crate::regs::Regs);
-//!   RAX and R11 are scratch, GS points at the [`Cpu`], RSP is the host's stack;
+//!   RAX and R15 are scratch, GS points at the [`Cpu`], RSP is the host's stack;
 //! * the status flags are in the host's at places that the translator knows, and in [`Regs`](crate::regs::Regs) at
 //!   the start of every block and at every instruction that may fault or leave: nothing is ever guessed;
 //! * vectors and MXCSR are in the host's registers while [`State::vectors`] says so;
@@ -19,6 +19,7 @@
 pub mod block;
 pub mod code;
 pub mod emit;
+mod flags;
 pub mod leave;
 mod operand;
 mod special;
@@ -29,24 +30,30 @@ use std::sync::atomic::AtomicU32;
 use crate::uop::{Ctl, Uop};
 
 /// The host register that each guest register lives in; `None`: in memory.
+///
+/// The three are those that compilers take last.
 pub const HOST: [Option<u8>; 16] = [
-    Some(10),
+    Some(12),
     Some(1),
     Some(2),
     Some(3),
-    Some(15),
+    Some(13),
     Some(5),
     Some(6),
     Some(7),
     Some(8),
     Some(9),
+    Some(10),
+    Some(11),
     None,
     None,
-    Some(12),
-    Some(13),
     Some(14),
     None,
 ];
+/// The host register of the guest's RAX.
+pub const ACCUMULATOR: u8 = 12;
+/// The host register of the guest's RSP.
+pub const STACK: u8 = 13;
 
 /// Runs of a block before it is translated.
 pub const PROMOTE: u32 = 24;
@@ -87,6 +94,8 @@ pub struct State {
     /// An indirect call's target while its return address is pushed; the guest-physical page that a jump to be patched
     /// is in; the page offset of an instruction that wants vectors.
     pub target: u64,
+    /// RAX, while flags are made again.
+    pub scratch: u64,
     /// Where in the code buffer a jump waits to be patched.
     pub site: u64,
     /// See [`vectors`]; 0 while the guest's vectors are in memory.
@@ -101,6 +110,10 @@ pub struct State {
     pub single: [Uop; 2],
     /// The next block is to be interpreted.
     pub interpret: bool,
+    /// Translated code is running.
+    pub running: bool,
+    /// Translations count their instructions.
+    pub counts: bool,
     /// `BlockCache::clears` when translated code last left.
     pub clears: u64,
 }

@@ -33,6 +33,8 @@ pub struct Copyable {
     pub flags_in: bool,
     pub flags_out: bool,
     pub vectors: bool,
+    /// Guest general registers, as bits.
+    pub writes: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,6 +231,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
         flags_in: false,
         flags_out: false,
         vectors: false,
+        writes: 0,
     };
     for used in found.used_registers() {
         let (register, access) = (used.register(), used.access());
@@ -243,6 +246,9 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
             return None;
         }
         let guest = register.full_register().number();
+        if !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess) {
+            copyable.writes |= 1 << guest;
+        }
         if named >> guest & 1 == 0 {
             match guest {
                 0 => copyable.accumulator = true,

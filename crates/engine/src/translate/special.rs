@@ -3,9 +3,10 @@
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::{
-    HOST,
-    block::{Flags, Outline, STACK, Work},
+    HOST, STACK,
+    block::{Outline, Work, host_mask},
     emit::{Mem, T0, T1, cc},
+    flags::Flags,
     operand,
     thunks::{FLAGS, gpr, state},
     vectors,
@@ -67,6 +68,7 @@ impl Work<'_> {
         let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
         let guest = op.dst / 8;
         let to = HOST[usize::from(guest)].unwrap_or(T0);
+        self.keep_recipe(1 << to);
         self.offset(usize::from(op.base), usize::from(op.index), op.scale, disp as i32, to);
         if size == 4 {
             self.e().mov32(to, to);
@@ -78,7 +80,7 @@ impl Work<'_> {
     }
 
     fn push(&mut self, op: &Uop, index: usize) -> bool {
-        self.pack();
+        self.keep_flags(1 << STACK);
         self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
         self.access(index, 8, true, 1, done);
@@ -94,7 +96,7 @@ impl Work<'_> {
     }
 
     fn pop(&mut self, op: &Uop, index: usize) -> bool {
-        self.pack();
+        self.keep_flags(1 << STACK | host_mask(1 << (op.dst / 8)));
         self.e().mov(T0, STACK);
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
@@ -113,7 +115,7 @@ impl Work<'_> {
 
     fn leave_frame(&mut self, index: usize) -> bool {
         const FRAME: u8 = 5;
-        self.pack();
+        self.keep_flags(1 << STACK | 1 << FRAME);
         self.e().mov(T0, FRAME);
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
@@ -130,7 +132,7 @@ impl Work<'_> {
     }
 
     fn push_constant(&mut self, value: u64, index: usize) -> bool {
-        self.pack();
+        self.keep_flags(1 << STACK);
         self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
         self.access(index, 8, true, 1, done);
@@ -144,7 +146,7 @@ impl Work<'_> {
         if !self.addressable(op) {
             return false;
         }
-        self.pack();
+        self.keep_flags(1 << STACK);
         let _ = self.address(op, i64::from(op.disp));
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
@@ -227,7 +229,7 @@ impl Work<'_> {
         self.e().rr(wide, &[0xf7], if signed { 7 } else { 6 }, T1);
         self.e().mov(accumulator, T0);
         self.t.outlines.push(Outline::Interpret { from: odd, done, site });
-        self.flags = Flags { memory: true, host: false };
+        self.flags_set(Flags::IN_MEMORY, None);
         self.e().bind(done);
         true
     }
@@ -268,7 +270,7 @@ impl Work<'_> {
         self.e().raw(&[0x0f, 0xb6, 0xc0]);
         self.e().shift(false, 4, T0, 8);
         self.e().prefixed(&[0x66], false, &[0x09], T0, FLAGS);
-        self.flags = Flags { memory: true, host: false };
+        self.flags_set(Flags::IN_MEMORY, None);
         self.e().bind(done);
         true
     }
@@ -280,6 +282,7 @@ impl Work<'_> {
             + std::mem::offset_of!(Segment, selector);
         let guest = op.dst / 8;
         let to = HOST[usize::from(guest)].unwrap_or(T0);
+        self.keep_recipe(1 << to);
         self.e().rm(false, &[0x0f, 0xb7], to, Mem::State(at));
         if to == T0 {
             self.e().store(T0, gpr(guest));

@@ -30,24 +30,24 @@ pub struct Thunks {
     pub enter: u64,
     /// Jump: leave; the next instruction is at page offset EAX.
     pub leave_at: u64,
-    /// Jump: the same; R11 is the jump that may be patched.
+    /// Jump: the same; R15 is the jump that may be patched.
     pub leave_link: u64,
     /// Jump: leave for the address in RAX.
     pub leave_to: u64,
-    /// Jump: the address in RAX may be that of the jump next to the one at R11.
+    /// Jump: the address in RAX may be that of the jump next to the one at R15.
     pub jump_second: u64,
-    /// Jump: leave for the untranslated block in R11.
+    /// Jump: leave for the untranslated block in R15.
     pub leave_block: u64,
-    /// Jump: R11 is the site of a last instruction for the interpreter.
+    /// Jump: R15 is the site of a last instruction for the interpreter.
     pub last: u64,
-    /// Call: R11 is the site of an instruction for the interpreter.
+    /// Call: R15 is the site of an instruction for the interpreter.
     pub interpret: u64,
     /// Call: the same, with vectors in registers again afterwards if they were there before.
     pub careful: u64,
-    /// Call: a memory access at RAX that the TLB does not know; R11 is its site. Comes back with the host's address in
+    /// Call: a memory access at RAX that the TLB does not know; R15 is its site. Comes back with the host's address in
     /// RAX and ZF clear, or with ZF set when the instruction is done.
     pub slow: u64,
-    /// Call: brings vectors in; R11 is what is wanted, EAX the page offset of the instruction.
+    /// Call: brings vectors in; R15 is what is wanted, EAX the page offset of the instruction.
     pub vectors: u64,
 }
 
@@ -122,7 +122,7 @@ impl Maker {
         self.e.raw(&value.to_le_bytes());
     }
 
-    /// Calls a Rust function with the `Cpu`, R11 and RAX.
+    /// Calls a Rust function with the `Cpu`, R15 and RAX.
     fn call(&mut self, function: u64) {
         self.e.load(RDI, state(offset_of!(State, cpu)));
         self.e.mov(RSI, T1);
