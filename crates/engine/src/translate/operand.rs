@@ -1,8 +1,8 @@
 //! What an instruction does to registers, flags and memory, as far as copying it asks.
 
 use iced_x86::{
-    Code, CodeSize, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
-    RflagsBits,
+    Code, CodeSize, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
+    OpKind, Register, RflagsBits,
 };
 
 use super::HOST;
@@ -96,7 +96,8 @@ pub fn general(code: Code) -> Code {
 /// Integer instructions that have nothing to them but operands and flags.
 pub fn is_plain(insn: &Instruction) -> bool {
     use Mnemonic as M;
-    let conditional = insn.condition_code() != iced_x86::ConditionCode::None;
+    // SETcc and CMOVcc; CMPccXADD is VEX.
+    let conditional = insn.condition_code() != iced_x86::ConditionCode::None && insn.encoding() == EncodingKind::Legacy;
     conditional
         || matches!(
             insn.mnemonic(),

@@ -146,7 +146,8 @@ impl Interpreter {
         let mut state = self.start.clone();
         state.gpr = case.state.gpr;
         state.rip = case.state.rip;
-        state.rflags = case.state.rflags;
+        // As on the host, where PUSHF shows it.
+        state.rflags = case.state.rflags | 0x200;
         let (selector, rights) = if case.mode == Mode::Bits64 { (0x23, 0xa0fb) } else { (0x2b, 0xc0fb) };
         state.segments[1] = Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false };
         state.xsave = vec![0; 832];

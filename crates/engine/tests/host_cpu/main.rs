@@ -168,6 +168,34 @@ fn stubs_in_32_bit_mode() {
     stubs_against_host(Mode::Bits32, "32-bit mode");
 }
 
+/// What CPUID does not advertise is undefined, or what it was before it was invented; the translator does not run it.
+#[test]
+fn what_is_not_advertised_is_not_run() {
+    let mut interpreter = interpreter::Interpreter::promoting(0).expect("a virtual machine");
+    let mut translator = interpreter::Interpreter::promoting(1).expect("a virtual machine");
+    let features = interpreter.features();
+    let mut undefined = 0;
+    for code in Code::values() {
+        let op = code.op_code();
+        // Of the clock no two engines tell the same.
+        // SYSENTER has nowhere to go to.
+        let other = matches!(code, Code::Rdtsc | Code::Rdtscp) || code.flow_control() != iced_x86::FlowControl::Next;
+        if other || !op.is_instruction() || !op.mode64() || features.contains_all(code.cpuid_features()) {
+            continue;
+        }
+        let mut random = Random(code as u64);
+        for _ in 0..8 {
+            let Some(case) = generate::case(code, Mode::Bits64, &mut random) else { continue };
+            let [a, b] = [&mut interpreter, &mut translator].map(|engine| engine.run(&case).expect("the engine"));
+            assert_eq!(a.vector, b.vector, "{code:?} {:02x?}", case.code);
+            assert_eq!(a.state.gpr, b.state.gpr, "{code:?} {:02x?}", case.code);
+            undefined += u64::from(b.vector == Some(6));
+        }
+    }
+    println!("{undefined} instructions are undefined");
+    assert!(undefined > 1000);
+}
+
 /// Sequences in a batch are run on the host first, then by the interpreter, then as translated code.
 #[test]
 fn sequences() {
