@@ -13,7 +13,7 @@ use crate::{
     regs::slot,
     signal::request,
     tlb::PAGE_MASK,
-    translate::{self, Left},
+    translate::{self, Left, span},
     uop::Ctl,
 };
 
@@ -174,6 +174,8 @@ impl Cpu {
         unsafe { translate::enter(enter, self, (*block).code) };
         self.translated.running = false;
         self.translated.clears = self.cache.clears;
+        // Whatever left the code to the interpreter said in which block it was.
+        let at = self.block;
         // Whoever comes next must not take this block for the one that a link leads from.
         self.block = ptr::null();
         self.link = ptr::null_mut();
@@ -190,6 +192,10 @@ impl Cpu {
             Left::Interpret => {
                 self.next = ptr::null();
                 self.translated.interpret = true;
+                // SAFETY: the block is alive: nothing was decoded meanwhile.
+                if unsafe { (*at).crossings } == span::CROSSINGS {
+                    self.translate_again(at.cast_mut());
+                }
             }
             Left::Handler => {
                 self.next = ptr::null();
@@ -197,6 +203,18 @@ impl Cpu {
             }
         }
         Ctl::Next
+    }
+
+    /// Replaces a translation; whoever jumps to the old one comes to the new.
+    fn translate_again(&mut self, block: *mut Block) {
+        // SAFETY: the block is alive.
+        unsafe {
+            let old = (*block).entry;
+            (*block).crossings += 1;
+            if old != 0 && (*block).valid && self.translate_block(block) {
+                self.cache.code.cut(old as usize, (*block).entry as usize);
+            }
+        }
     }
 
     /// Translated code left by a jump that may lead to this block's translation from now on.
@@ -413,6 +431,7 @@ impl Cpu {
 
     /// What other vCPUs and devices did to code.
     pub fn drop_changed_code(&mut self) {
+        self.translated.news = self.translated.news.wrapping_add(1);
         let mail = self.mail.clone();
         for letter in mail.take() {
             match letter {

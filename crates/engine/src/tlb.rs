@@ -17,18 +17,24 @@ const NO_JUMP: Jump = Jump { rip: 1 << 63 | 1, block: std::ptr::null() };
 pub const SPACES: usize = 6;
 
 /// Where the page at linear address `tag` is on the host.
-#[repr(C)]
+#[repr(C, align(32))]
 #[derive(Clone, Copy)]
 pub struct Entry {
     pub tag: u64,
     pub host: u64,
+    /// From a linear address to the host's.
+    pub difference: u64,
 }
+
+/// An entry's size as a power of two.
+pub const ENTRY_SHIFT: u8 = 5;
+const _: () = assert!(size_of::<Entry>() == 1 << ENTRY_SHIFT);
 
 impl Entry {
     /// An entry that no access matches: the tag is of a page that another entry stands for, and not of the page
     /// before or after, which an access may reach into.
     const fn invalid(index: usize) -> Self {
-        Self { tag: ((index ^ (ENTRIES / 2)) as u64) << 12, host: 0 }
+        Self { tag: ((index ^ (ENTRIES / 2)) as u64) << 12, host: 0, difference: 0 }
     }
 
     /// The host address of `bytes` bytes at a linear address, if they are in this entry's page.
@@ -134,7 +140,7 @@ impl DataSet {
 
     pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, found: &Translation) {
         let page = linear & !PAGE_MASK;
-        let entry = Entry { tag: page, host: host as u64 };
+        let entry = Entry { tag: page, host: host as u64, difference: (host as u64).wrapping_sub(page) };
         let at = index(linear);
         let (table, used, local) = if write {
             (&mut self.write, &mut self.used_write, &mut self.local_write)

@@ -10,6 +10,7 @@ use super::{
     flags::{self, Flags, Recipe},
     leave::Site,
     operand::{self, Carried, Copyable, Touch},
+    span::{self, Plan, Reach},
     thunks::{PAGE, Thunks, VECTORS, gpr, state},
     vectors,
 };
@@ -18,14 +19,14 @@ use crate::{
     cpu::{Cpu, mode},
     native::{Access, FeatureClass, FeatureSet, Native, Stub, StubCache},
     regs::slot,
-    tlb::{CodeSet, DataSet, ENTRIES, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump, PAGE_MASK},
+    tlb::{CodeSet, DataSet, ENTRIES, ENTRY_SHIFT, Entry, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump, PAGE_MASK},
     uop::{FLAT, Uop, address},
 };
 
 /// What is kept from one translation to the next.
 pub struct Translator {
     emitter: Emitter,
-    info: InstructionInfoFactory,
+    pub(super) info: InstructionInfoFactory,
     encoder: Encoder,
     pub(super) outlines: Vec<Outline>,
     pub features: FeatureSet,
@@ -79,6 +80,16 @@ pub(super) enum Outline {
         site: u64,
         make: Option<Recipe>,
     },
+    /// A span that missed.
+    Span {
+        missed: Label,
+        again: Label,
+        /// The operand that leads it.
+        own: Mem,
+        site: u64,
+        reach: (i32, u32),
+        make: Option<Recipe>,
+    },
     /// A jump that is not patched yet: its displacement's place.
     Link {
         from: Label,
@@ -124,6 +135,7 @@ pub(super) struct Work<'a> {
     /// The state of flags with which it does, before there is a head.
     again: Option<Flags>,
     exits: Vec<Exit>,
+    pub(super) plan: Plan,
 }
 
 /// The start of a loop, inside of a translation.
@@ -157,6 +169,8 @@ const SEG_BASE: usize = std::mem::offset_of!(Cpu, seg_base);
 const DATA: Mem = Mem::State(std::mem::offset_of!(Cpu, data));
 const CODE: Mem = Mem::State(std::mem::offset_of!(Cpu, code));
 const READ_TABLE: i32 = std::mem::offset_of!(DataSet, read) as i32;
+const HOST_FIELD: i32 = std::mem::offset_of!(Entry, host) as i32;
+const DIFFERENCE_FIELD: i32 = std::mem::offset_of!(Entry, difference) as i32;
 const WRITE_TABLE: i32 = std::mem::offset_of!(DataSet, write) as i32;
 const _: () = assert!(std::mem::offset_of!(CodeSet, jumps) == 0, "jumps are found two by two at an aligned address");
 const BLOCK_CODE: i32 = std::mem::offset_of!(Block, code) as i32;
@@ -213,7 +227,12 @@ impl Cpu {
             head: None,
             again: None,
             exits: Vec::new(),
+            plan: Plan::default(),
         };
+        // SAFETY: as above.
+        if unsafe { (*block).crossings } < span::CROSSINGS {
+            work.plan(&instructions);
+        }
         work.block(ops, &instructions);
         let dead = t.emitter.here();
         t.emitter.constant(T0, from as u64);
@@ -279,6 +298,7 @@ impl Work<'_> {
     }
 
     fn body(&mut self, ops: &[Uop], instructions: &[Instruction]) {
+        self.no_spans();
         let mut flow = Flow::On;
         for (index, insn) in instructions.iter().enumerate() {
             // A comparison and the jump behind it may be one op.
@@ -308,6 +328,7 @@ impl Work<'_> {
         if self.special(insn, op, index) || self.copy(insn, op, index) {
             return Flow::On;
         }
+        self.no_spans();
         self.leave_to_interpreter(index, compares)
     }
 
@@ -353,6 +374,7 @@ impl Work<'_> {
 
     /// `to` = base + index << scale + disp. Uses T0 and T1; leaves flags alone.
     pub(super) fn offset(&mut self, base: usize, index: usize, scale: u8, disp: i32, to: u8) {
+        self.drop_held();
         let e = &mut self.t.emitter;
         let base = match base {
             slot::ZERO => None,
@@ -392,29 +414,48 @@ impl Work<'_> {
 
     /// From the linear address in T0 to the host's. Uses T1 and the host's flags.
     fn look_up(&mut self, bytes: u64, write: bool) -> (Label, Label, i32) {
+        let table = self.entry(bytes, write);
+        let e = &mut self.t.emitter;
+        let missed = e.label();
+        e.jcc(cc::A, missed);
+        e.rm(true, &[0x03], T0, Mem::Base(T1, table + HOST_FIELD));
+        let again = e.mark();
+        (missed, again, table)
+    }
+
+    /// The same for a span, but for T1: it holds the difference of host and linear addresses then.
+    pub(super) fn look_up_span(&mut self, bytes: u64, write: bool) -> Label {
+        let table = self.entry(bytes, write);
+        let e = &mut self.t.emitter;
+        let missed = e.label();
+        e.jcc(cc::A, missed);
+        e.load(T1, Mem::Base(T1, table + DIFFERENCE_FIELD));
+        missed
+    }
+
+    /// T1 is where the TLB entry for the address in T0 is; T0 becomes the offset in its page, and "above" says that
+    /// the bytes are not in it.
+    fn entry(&mut self, bytes: u64, write: bool) -> i32 {
         debug_assert!(self.flags.memory || self.recipe.is_some());
+        self.drop_held();
         let table = if write { WRITE_TABLE } else { READ_TABLE };
         let bmi2 = self.t.bmi2;
         let e = &mut self.t.emitter;
         if bmi2 {
-            // RORX R15D, EAX, 8
-            e.raw(&[0xc4, 0x63, 0x7b, 0xf0, 0xf8, 0x08]);
+            // RORX R15D, EAX, imm8
+            e.raw(&[0xc4, 0x63, 0x7b, 0xf0, 0xf8, 12 - ENTRY_SHIFT]);
         } else {
             e.mov32(T1, T0);
-            e.shift(false, 5, T1, 8);
+            e.shift(false, 5, T1, 12 - ENTRY_SHIFT);
         }
-        e.group1(false, 4, T1, ((ENTRIES - 1) << 4) as i32);
+        e.group1(false, 4, T1, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
         e.rm(true, &[0x03], T1, DATA);
         e.rm(true, &[0x33], T0, Mem::Base(T1, table));
         // CMP RAX, imm32
         e.raw(&[0x48, 0x3d]);
         e.raw(&(0x1000 - bytes as u32).to_le_bytes());
-        let missed = e.label();
-        e.jcc(cc::A, missed);
-        e.rm(true, &[0x03], T0, Mem::Base(T1, table + 8));
-        let again = e.mark();
         self.flags.host = false;
-        (missed, again, table)
+        table
     }
 
     /// The address of an operand of `bytes` bytes on the host, in T0. `done` is where the interpreter goes on if it
@@ -475,10 +516,17 @@ impl Work<'_> {
         if !(1..=32).contains(&found.bytes) || (found.vectors && plain) {
             return false;
         }
-        let Some((bytes, place)) = self.rename(&mut insn, &found, has_memory) else { return false };
         if has_memory && !self.addressable(op) {
             return false;
         }
+        let mut reach = if has_memory && alignment == 1 { self.reach(index) } else { None };
+        let near = reach.is_some().then_some((op.base, disp));
+        let mut place = self.rename(insn, &found, has_memory, near);
+        if reach.is_some() && place.is_none() {
+            reach = None;
+            place = self.rename(insn, &found, has_memory, None);
+        }
+        let Some((bytes, place)) = place else { return false };
 
         let wanted = match class {
             FeatureClass::Avx => vectors::AVX,
@@ -493,7 +541,23 @@ impl Work<'_> {
         let first = self.t.outlines.len();
         let overwritten = found.flags_out && !found.flags_in;
         let written = host_mask(found.writes);
-        if has_memory {
+        if let Some(reach) = reach {
+            let write = found.touch == Touch::Write;
+            if reach == Reach::Lead {
+                if found.flags_in {
+                    self.pack();
+                }
+                self.keep_flags(if overwritten { 0 } else { written });
+                self.reach_span(index, disp, found.bytes, write);
+            }
+            if found.flags_in {
+                self.unpack();
+            } else if !found.flags_out {
+                self.keep_recipe(written);
+            }
+            // Flags may have been made in between.
+            self.reach_span(index, disp, found.bytes, write);
+        } else if has_memory {
             if found.flags_in {
                 self.pack();
             }
@@ -505,7 +569,9 @@ impl Work<'_> {
                 self.e().mov(T1, T0);
             }
         }
-        if found.flags_in {
+        if reach.is_some() {
+            // That is done.
+        } else if found.flags_in {
             self.unpack();
         } else if !has_memory && !found.flags_out {
             self.keep_recipe(written);
@@ -529,10 +595,13 @@ impl Work<'_> {
         }
         if found.flags_out {
             let simple = place.carried.is_empty() && !found.accumulator;
-            let recipe = if simple && overwritten { Recipe::of(&insn, &bytes) } else { None };
+            let recipe = if simple && overwritten { Recipe::of(&place.insn, &bytes) } else { None };
             self.flags_set(Flags::IN_HOST, recipe);
-        } else if !has_memory && found.flags_in {
+        } else if (!has_memory || reach.is_some()) && found.flags_in {
             self.keep_recipe(written);
+        }
+        if place.carried.iter().any(|(_, host)| *host == T1) {
+            self.drop_held();
         }
         if has_memory {
             // An instruction that the interpreter did has left its flags in memory.
@@ -548,10 +617,19 @@ impl Work<'_> {
     }
 
     /// The instruction with host registers in the place of guest registers.
-    fn rename(&mut self, insn: &mut Instruction, found: &Copyable, has_memory: bool) -> Option<(Vec<u8>, Place)> {
+    ///
+    /// `near`: base register and displacement of an operand that is part of a span; then T1 is the rest of its address.
+    fn rename(
+        &mut self,
+        mut insn: Instruction,
+        found: &Copyable,
+        has_memory: bool,
+        near: Option<(u8, i32)>,
+    ) -> Option<(Vec<u8>, Place)> {
         // RAX is free once it has been used: for the address, for flags, or as itself.
-        let rax_busy = found.accumulator || (has_memory && !found.flags_in);
-        let memory = if has_memory && (found.flags_in || found.accumulator) { T1 } else { T0 };
+        let rax_busy = found.accumulator || (has_memory && near.is_none() && !found.flags_in);
+        let in_t1 = near.is_some() || found.flags_in || found.accumulator;
+        let memory = if has_memory && in_t1 { T1 } else { T0 };
         let mut free = Vec::with_capacity(2);
         if !(has_memory && memory == T1) {
             free.push(T1);
@@ -582,17 +660,23 @@ impl Work<'_> {
         if has_memory {
             insn.set_memory_base(if memory == T1 { Register::R15 } else { Register::RAX });
         }
-        let encoded = self.t.encoder.encode(insn, 0);
+        if let Some((base, disp)) = near {
+            insn.set_memory_index(operand::renamed(Register::RAX, HOST[usize::from(base)]?)?);
+            insn.set_memory_displacement64(i64::from(disp) as u64);
+            insn.set_memory_displ_size(if disp == 0 { 0 } else { 4 });
+        }
+        let encoded = self.t.encoder.encode(&insn, 0);
         // Also what a failed attempt left there: AH and its like cannot go with registers that want a REX prefix.
         let bytes = self.t.encoder.take_buffer();
         encoded.ok()?;
-        Some((bytes, Place { memory, carried }))
+        Some((bytes, Place { insn, memory, carried }))
     }
 
     pub(super) fn want_vectors(&mut self, wanted: u32, at: i32) {
         if self.vectors & wanted != 0 {
             return;
         }
+        self.drop_held();
         // The test below takes the host's flags.
         self.keep_flags(0);
         let make = self.missing_flags();
@@ -773,11 +857,15 @@ impl Work<'_> {
             }
             FlowControl::Return if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => {
                 self.pack();
-                self.e().mov(T0, STACK);
-                let done = self.e().label();
-                self.access(index, 8, false, 1, done);
-                self.e().bind(done);
-                self.e().load(T0, Mem::Base(T0, 0));
+                if let Some(top) = self.stack_span(index, 0, false, 0) {
+                    self.e().load(T0, top);
+                } else {
+                    self.e().mov(T0, STACK);
+                    let done = self.e().label();
+                    self.access(index, 8, false, 1, done);
+                    self.e().bind(done);
+                    self.e().load(T0, Mem::Base(T0, 0));
+                }
                 self.check_canonical(index);
                 self.e().lea(STACK, Mem::Base(STACK, 8 + op.imm as i32));
                 self.jump_to();
@@ -802,6 +890,13 @@ impl Work<'_> {
 
     /// Pushes the return address, which is `next` bytes from the page's start.
     fn push_return(&mut self, index: usize, next: i64) {
+        if let Some(top) = self.stack_span(index, -8, true, 0) {
+            self.e().load(T0, PAGE);
+            self.e().lea(T0, Mem::Base(T0, next as i32));
+            self.e().store(T0, top);
+            self.e().lea(STACK, Mem::Base(STACK, -8));
+            return;
+        }
         self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
         self.access(index, 8, true, 1, done);
@@ -834,6 +929,17 @@ impl Work<'_> {
                         flags::unpack(e);
                     }
                     e.jmp(done);
+                }
+                Outline::Span { missed, again, own, site, reach, make } => {
+                    e.bind(missed);
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
+                    e.lea(T0, own);
+                    span::note(e, reach);
+                    e.constant(T1, site);
+                    e.call_address(thunks.span);
+                    e.jmp(again);
                 }
                 Outline::Interpret { from, done, site } => {
                     e.bind(from);
@@ -886,6 +992,8 @@ impl Work<'_> {
 
 /// Where a copied instruction finds its operands.
 struct Place {
+    /// With its operands renamed.
+    insn: Instruction,
     memory: u8,
     carried: Vec<(Carried, u8)>,
 }

@@ -146,6 +146,7 @@ impl Work<'_> {
     fn remake(&mut self) {
         if !self.flags.host {
             let recipe = self.recipe.expect("flags are somewhere");
+            self.drop_held();
             recipe.emit(self.e());
             self.flags.host = true;
         }

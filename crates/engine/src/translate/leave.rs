@@ -6,6 +6,7 @@ use crate::{
     cpu::{Cpu, cr0, cr4},
     ops,
     regs::slot,
+    signal::request,
     tlb::PAGE_MASK,
     uop::{Ctl, Uop},
 };
@@ -78,6 +79,7 @@ impl Cpu {
     /// The block is alive and running, and has that op.
     unsafe fn run_alone(&mut self, site: Site) -> u64 {
         self.counters.translated.interpreted += 1;
+        let news = self.translated.news;
         // SAFETY: the caller's word.
         unsafe {
             let op = (*site.block).ops.add(site.index);
@@ -93,7 +95,7 @@ impl Cpu {
                 return LEAVE;
             }
             // What it brought about is seen at the next instruction: an interrupt, or new code behind it.
-            if self.signal.pending() != 0 || !(*site.block).valid {
+            if self.signal.pending() != 0 || !(*site.block).valid || self.translated.news != news {
                 let done = u64::from((*op).off) + u64::from((*op).len);
                 self.uncount(u64::from((*site.block).count).saturating_sub(site.index as u64 + 1));
                 self.rip = self.regs.gpr[slot::BLOCK].wrapping_add(done);
@@ -119,17 +121,55 @@ pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.counters.translated.slow_accesses += 1;
         cpu.at_block(site.block);
+        let news = cpu.translated.news;
         // An access that crosses pages faults at its own address or at the second page's: the interpreter knows.
         let crosses = (linear ^ linear.wrapping_add(site.bytes - 1)) & !PAGE_MASK != 0;
         let found = if crosses { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
         let done = match found {
-            // Looking it up brought news of changed code: the block ends here, and a loop with it.
-            Ok(Some(_)) if !(*site.block).valid => cpu.run_alone(site),
+            // Looking it up brought news of code: the block ends here, and a loop with it.
+            Ok(Some(_)) if cpu.translated.news != news => {
+                cpu.signal.note(request::CODE);
+                cpu.run_alone(site)
+            }
             Ok(Some(host)) => host as u64,
             Ok(None) => cpu.run_alone(site),
             Err(_) => {
                 cpu.translated.ctl = ops::fault(cpu, (*site.block).ops.add(site.index));
                 cpu.translated.left = Left::Handler;
+                LEAVE
+            }
+        };
+        cpu.keep_vectors();
+        done
+    }
+}
+
+/// A span that missed the TLB: its first access at `linear` brings the page in, or the interpreter goes on there.
+pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    unsafe {
+        let (cpu, site) = (&mut *cpu, Site::unpack(site));
+        cpu.counters.translated.slow_accesses += 1;
+        cpu.at_block(site.block);
+        let op = (*site.block).ops.add(site.index);
+        let news = cpu.translated.news;
+        let crosses = |from: u64, bytes: u64| (from ^ from.wrapping_add(bytes - 1)) & !PAGE_MASK != 0;
+        let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
+        let alone = crosses(linear, site.bytes);
+        let found = if alone { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let block = &mut *site.block.cast_mut();
+        let done = match found {
+            Err(_) => {
+                cpu.translated.ctl = ops::fault(cpu, op);
+                cpu.translated.left = Left::Handler;
+                LEAVE
+            }
+            Ok(Some(_)) if !crosses(from, cpu.translated.span_bytes.into()) && cpu.translated.news == news => GO_ON,
+            Ok(_) => {
+                block.crossings += 1;
+                cpu.uncount(u64::from(block.count).saturating_sub(site.index as u64));
+                cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from((*op).off));
+                cpu.translated.left = Left::Interpret;
                 LEAVE
             }
         };
@@ -200,6 +240,10 @@ impl Default for State {
             requests: std::ptr::null(),
             target: 0,
             scratch: 0,
+            spans: [0; super::span::SLOTS],
+            span_from: 0,
+            span_bytes: 0,
+            news: 0,
             site: 0,
             vectors: 0,
             left: Left::Next,

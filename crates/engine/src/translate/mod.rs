@@ -22,6 +22,7 @@ pub mod emit;
 mod flags;
 pub mod leave;
 mod operand;
+pub mod span;
 mod special;
 mod thunks;
 
@@ -96,6 +97,13 @@ pub struct State {
     pub target: u64,
     /// RAX, while flags are made again.
     pub scratch: u64,
+    /// For each span of the running block, from linear addresses to the host's.
+    pub spans: [u64; span::SLOTS],
+    /// Of a span that is looked up: where it begins, from the operand that leads it, and its size.
+    pub span_from: i32,
+    pub span_bytes: u32,
+    /// How often news of code were worked off: what is known of pages in the middle of a block is void then.
+    pub news: u32,
     /// Where in the code buffer a jump waits to be patched.
     pub site: u64,
     /// See [`vectors`]; 0 while the guest's vectors are in memory.

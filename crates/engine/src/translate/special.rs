@@ -8,6 +8,7 @@ use super::{
     emit::{Mem, T0, T1, cc},
     flags::Flags,
     operand,
+    span::Reach,
     thunks::{FLAGS, gpr, state},
     vectors,
 };
@@ -80,6 +81,16 @@ impl Work<'_> {
     }
 
     fn push(&mut self, op: &Uop, index: usize) -> bool {
+        if let Some(top) = self.stack_span(index, -8, true, 1 << STACK) {
+            let guest = op.src / 8;
+            let value = HOST[usize::from(guest)].unwrap_or_else(|| {
+                self.e().load(T0, gpr(guest));
+                T0
+            });
+            self.e().store(value, top);
+            self.e().lea(STACK, Mem::Base(STACK, -8));
+            return true;
+        }
         self.keep_flags(1 << STACK);
         self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
@@ -96,6 +107,19 @@ impl Work<'_> {
     }
 
     fn pop(&mut self, op: &Uop, index: usize) -> bool {
+        let written = 1 << STACK | host_mask(1 << (op.dst / 8));
+        if let Some(top) = self.stack_span(index, 0, false, written) {
+            let guest = op.dst / 8;
+            let to = HOST[usize::from(guest)].unwrap_or(T0);
+            self.e().load(to, top);
+            if to == T0 {
+                self.e().store(T0, gpr(guest));
+            }
+            if to != STACK {
+                self.e().lea(STACK, Mem::Base(STACK, 8));
+            }
+            return true;
+        }
         self.keep_flags(1 << STACK | host_mask(1 << (op.dst / 8)));
         self.e().mov(T0, STACK);
         let done = self.e().label();
@@ -115,6 +139,17 @@ impl Work<'_> {
 
     fn leave_frame(&mut self, index: usize) -> bool {
         const FRAME: u8 = 5;
+        let written = 1 << STACK | 1 << FRAME;
+        if let Some(reach) = self.reach(index) {
+            match reach {
+                Reach::Lead => self.keep_flags(written),
+                Reach::Follow => self.keep_recipe(written),
+            }
+            self.reach_span(index, 0, 8, false);
+            self.e().lea(STACK, Mem::Base(FRAME, 8));
+            self.e().load(FRAME, Mem::Indexed(T1, FRAME, 0, 0));
+            return true;
+        }
         self.keep_flags(1 << STACK | 1 << FRAME);
         self.e().mov(T0, FRAME);
         let done = self.e().label();
@@ -132,6 +167,12 @@ impl Work<'_> {
     }
 
     fn push_constant(&mut self, value: u64, index: usize) -> bool {
+        if let Some(top) = self.stack_span(index, -8, true, 1 << STACK) {
+            self.e().constant(T0, value);
+            self.e().store(T0, top);
+            self.e().lea(STACK, Mem::Base(STACK, -8));
+            return true;
+        }
         self.keep_flags(1 << STACK);
         self.e().lea(T0, Mem::Base(STACK, -8));
         let done = self.e().label();
@@ -185,6 +226,7 @@ impl Work<'_> {
     /// DIV and IDIV where they are known not to raise #DE; the interpreter does the rest.
     fn divide(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
         const HIGH: u8 = 2;
+        self.drop_held();
         let wide = matches!(insn.code(), Code::Div_rm64 | Code::Idiv_rm64);
         let signed = matches!(insn.code(), Code::Idiv_rm32 | Code::Idiv_rm64);
         let memory = insn.op0_kind() == OpKind::Memory;
@@ -291,6 +333,7 @@ impl Work<'_> {
 
     /// CLI at privilege 0; anywhere else IOPL decides.
     fn clear_interrupts(&mut self, index: usize) {
+        self.drop_held();
         self.pack();
         let (odd, done) = (self.e().label(), self.e().label());
         self.e().cmp_byte(Mem::State(std::mem::offset_of!(Cpu, cpl)), 0);

@@ -47,6 +47,8 @@ pub struct Thunks {
     /// Call: a memory access at RAX that the TLB does not know; R15 is its site. Comes back with the host's address in
     /// RAX and ZF clear, or with ZF set when the instruction is done.
     pub slow: u64,
+    /// Call: a span that missed; RAX is its leading operand's address, R15 its site. To be tried again.
+    pub span: u64,
     /// Call: brings vectors in; R15 is what is wanted, EAX the page offset of the instruction.
     pub vectors: u64,
 }
@@ -211,6 +213,12 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.store_vectors(false);
     m.call(leave::careful as *const () as u64);
     let reload = m.e.label();
+    m.e.jmp(reload);
+
+    thunks.span = m.entry();
+    m.store_registers();
+    m.store_vectors(false);
+    m.call(leave::span as *const () as u64);
     m.e.jmp(reload);
 
     thunks.slow = m.entry();

@@ -1,0 +1,259 @@
+//! Accesses near each other, by the same register: looked up in the TLB once for all of them.
+//!
+//! Before a block is translated its memory operands are sorted into spans: those with one base register that is not
+//! changed in between, or only by a constant, and at most [`WIDEST`] bytes apart. The first access of a span looks up
+//! the page for all; the others only add the difference between host and guest addresses. Where a span turns out to
+//! cross pages the interpreter takes over, and a block in which that happens often is translated without spans.
+
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+
+use super::{
+    HOST, STACK,
+    block::{Outline, Work},
+    emit::{Emitter, Mem, T0, T1},
+    thunks::state,
+};
+
+/// Bytes that a span reaches over at most.
+const WIDEST: i64 = 256;
+/// Spans of a block that are kept.
+pub const SLOTS: usize = 8;
+/// Times that the spans of a block may cross pages before it is translated without them.
+pub const CROSSINGS: u32 = 64;
+
+/// Accesses by one register that are looked up together.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    base: u8,
+    write: bool,
+    /// The first and the last byte's end, from the register's value `shift` after the block's start.
+    lo: i64,
+    hi: i64,
+    shift: i64,
+    members: u32,
+    /// What is to be added to a linear address is in the span's slot.
+    active: bool,
+}
+
+/// An instruction's part in a span.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    span: usize,
+    /// From the register's value there to that at the span's reference.
+    back: i64,
+}
+
+#[derive(Default)]
+pub struct Plan {
+    members: Vec<Option<Member>>,
+    spans: Vec<Span>,
+    /// The span whose difference is in T1.
+    held: Option<usize>,
+}
+
+/// How an access gets to its page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Looks it up, for others too.
+    Lead,
+    /// Another has.
+    Follow,
+}
+
+/// A memory access, by guest register.
+struct Touch {
+    base: u8,
+    disp: i64,
+    bytes: i64,
+    write: bool,
+}
+
+const SLOT: usize = std::mem::offset_of!(super::State, spans);
+
+impl Work<'_> {
+    /// Sorts the block's accesses into spans.
+    pub fn plan(&mut self, instructions: &[Instruction]) {
+        let mut plan = Plan::default();
+        let mut shifts = [0i64; 16];
+        // The spans that are open for reading and for writing.
+        let mut open: [[Option<usize>; 2]; 16] = [[None; 2]; 16];
+        for insn in instructions {
+            let touch = self.touch(insn);
+            let member = touch.and_then(|t| {
+                let at = shifts[usize::from(t.base)];
+                let of = &mut open[usize::from(t.base)];
+                // What may be written may be read.
+                let candidates = if t.write { [of[1], None] } else { [of[1], of[0]] };
+                let joined = candidates.into_iter().flatten().find(|&i| {
+                    let s: &mut Span = &mut plan.spans[i];
+                    let from = at - s.shift + t.disp;
+                    let (lo, hi) = (s.lo.min(from), s.hi.max(from + t.bytes));
+                    let fits = hi - lo <= WIDEST;
+                    if fits {
+                        (s.lo, s.hi, s.members) = (lo, hi, s.members + 1);
+                    }
+                    fits
+                });
+                let span = match joined {
+                    Some(span) => span,
+                    None if plan.spans.len() < SLOTS => {
+                        let (lo, hi) = (t.disp, t.disp + t.bytes);
+                        let span = Span { base: t.base, write: t.write, lo, hi, shift: at, members: 1, active: false };
+                        plan.spans.push(span);
+                        of[usize::from(t.write)] = Some(plan.spans.len() - 1);
+                        plan.spans.len() - 1
+                    }
+                    None => return None,
+                };
+                Some(Member { span, back: plan.spans[span].shift - at })
+            });
+            plan.members.push(member);
+            self.follow_registers(insn, &mut shifts, &mut open);
+        }
+        self.plan = plan;
+    }
+
+    /// What an instruction does to the registers that spans count from.
+    fn follow_registers(&mut self, insn: &Instruction, shifts: &mut [i64; 16], open: &mut [[Option<usize>; 2]; 16]) {
+        let stack = match insn.code() {
+            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Some(-8),
+            Code::Pop_r64 if insn.op0_register() != Register::RSP => Some(8),
+            _ => None,
+        };
+        let first = insn.op0_register();
+        let by_constant = insn.op0_kind() == OpKind::Register && first.is_gpr64();
+        let shifted = match insn.mnemonic() {
+            Mnemonic::Add if by_constant => insn.try_immediate(1).ok().map(|i| i as i64),
+            Mnemonic::Sub if by_constant => insn.try_immediate(1).ok().map(|i| (i as i64).wrapping_neg()),
+            Mnemonic::Inc if by_constant => Some(1),
+            Mnemonic::Dec if by_constant => Some(-1),
+            Mnemonic::Lea
+                if by_constant
+                    && insn.memory_base() == first
+                    && insn.memory_index() == Register::None
+                    && insn.segment_prefix() == Register::None =>
+            {
+                Some(insn.memory_displacement64() as i64)
+            }
+            _ => None,
+        }
+        .filter(|by| i32::try_from(*by).is_ok());
+        let found = self.t.info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+        for used in found.used_registers() {
+            let register = used.register();
+            let reads = matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            if reads || !register.is_gpr() {
+                continue;
+            }
+            let guest = register.full_register().number();
+            match (stack, shifted) {
+                (Some(by), _) if guest == 4 => shifts[4] += by,
+                (None, Some(by)) if first.full_register() == register.full_register() => shifts[guest] += by,
+                _ => open[guest] = [None; 2],
+            }
+        }
+    }
+
+    /// The access of an instruction that is a candidate.
+    fn touch(&mut self, insn: &Instruction) -> Option<Touch> {
+        let stack = |disp, write| Some(Touch { base: 4, disp, bytes: 8, write });
+        match insn.code() {
+            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Call_rel32_64 => return stack(-8, true),
+            Code::Pop_r64 | Code::Retnq | Code::Retnq_imm16 => return stack(0, false),
+            Code::Leaveq => return Some(Touch { base: 5, disp: 0, bytes: 8, write: false }),
+            _ => {}
+        }
+        let at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;
+        let base = insn.memory_base();
+        let plain = base.is_gpr64()
+            && insn.memory_index() == Register::None
+            && !matches!(insn.memory_segment(), Register::FS | Register::GS)
+            && !insn.is_stack_instruction()
+            && insn.flow_control() == iced_x86::FlowControl::Next
+            && insn.mnemonic() != Mnemonic::Lea;
+        let bytes = insn.memory_size().size();
+        if !plain || HOST[base.number()].is_none() || !(1..=32).contains(&bytes) {
+            return None;
+        }
+        let disp = i64::from(i32::try_from(insn.memory_displacement64() as i64).ok()?);
+        let found = self.t.info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let write = match found.op_access(at) {
+            OpAccess::None | OpAccess::NoMemAccess => return None,
+            OpAccess::Read | OpAccess::CondRead => false,
+            _ => true,
+        };
+        Some(Touch { base: base.number() as u8, disp, bytes: bytes as i64, write })
+    }
+
+    /// At the start of a body: nothing is known.
+    pub fn no_spans(&mut self) {
+        self.plan.held = None;
+        for span in &mut self.plan.spans {
+            span.active = false;
+        }
+    }
+
+    /// T1 is about to be used for something else.
+    pub fn drop_held(&mut self) {
+        self.plan.held = None;
+    }
+
+    /// Whether the access of the instruction is part of a span that is worth it.
+    pub fn reach(&self, index: usize) -> Option<Reach> {
+        let member = self.plan.members.get(index).copied().flatten()?;
+        let span = self.plan.spans[member.span];
+        match (span.active, span.members) {
+            (true, _) => Some(Reach::Follow),
+            (false, 0 | 1) => None,
+            (false, _) => Some(Reach::Lead),
+        }
+    }
+
+    /// Has T1 hold what is to be added to the address of the instruction's operand at `disp`. A leader uses RAX and
+    /// the host's flags, a follower neither.
+    pub fn reach_span(&mut self, index: usize, disp: i32, bytes: u64, write: bool) {
+        let Some(member) = self.plan.members[index] else { unreachable!("`reach` was asked") };
+        let span = self.plan.spans[member.span];
+        let slot = state(SLOT + member.span * 8);
+        if span.active {
+            if self.plan.held != Some(member.span) {
+                self.e().load(T1, slot);
+            }
+        } else {
+            let base = HOST[usize::from(span.base)].unwrap_or(T0);
+            let make = self.missing_flags();
+            let site = self.site(index, bytes, write);
+            let lo = (span.lo + member.back) as i32;
+            let again = self.e().mark();
+            self.e().lea(T0, Mem::Base(base, lo));
+            let missed = self.look_up_span((span.hi - span.lo) as u64, span.write);
+            self.e().store(T1, slot);
+            let own = Mem::Base(base, disp);
+            let reach = (lo.wrapping_sub(disp), (span.hi - span.lo) as u32);
+            self.t.outlines.push(Outline::Span { missed, again, own, site, reach, make });
+            self.plan.spans[member.span].active = true;
+        }
+        self.plan.held = Some(member.span);
+    }
+
+    /// The stack operand of an instruction, `disp` bytes from RSP, if it is part of a span.
+    pub fn stack_span(&mut self, index: usize, disp: i32, write: bool, written: u16) -> Option<Mem> {
+        match self.reach(index)? {
+            Reach::Lead => self.keep_flags(written),
+            Reach::Follow => self.keep_recipe(written),
+        }
+        self.reach_span(index, disp, 8, write);
+        Some(Mem::Indexed(T1, STACK, 0, disp))
+    }
+}
+
+/// Says in the state what bytes a span covers, from the operand that leads it.
+pub fn note(e: &mut Emitter, (from, bytes): (i32, u32)) {
+    for (value, offset) in [
+        (from as u32, std::mem::offset_of!(super::State, span_from)),
+        (bytes, std::mem::offset_of!(super::State, span_bytes)),
+    ] {
+        e.rm(false, &[0xc7], 0, state(offset));
+        e.raw(&value.to_le_bytes());
+    }
+}
