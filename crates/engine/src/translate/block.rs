@@ -503,9 +503,10 @@ impl Work<'_> {
             }
             alignment = u64::from(memory.alignment);
             class = of;
-            if !self.t.features.contains_all(insn.cpuid_features()) {
-                return false;
-            }
+        }
+        // Nothing that the guest was not told of: the host may not have it either.
+        if !self.t.features.contains_all(insn.cpuid_features()) {
+            return false;
         }
         let mut insn = *insn;
         insn.set_code(operand::general(insn.code()));
