@@ -27,6 +27,8 @@ pub struct Block {
     pub dead: u32,
     /// Runs in the interpreter that are left until it is translated.
     pub runs_left: u32,
+    /// [`crate::tlb::CodeSet::generation`] for which the second page is where the block wants it.
+    pub checked: u64,
     /// How often a span of its translation crossed pages; from [`crate::translate::span::CROSSINGS`] on it is translated without.
     pub crossings: u32,
     pub ops: *const Uop,
@@ -161,6 +163,7 @@ impl BlockCache {
             code: self.code.thunks.leave_block as *const u8,
             entry: 0,
             dead: 0,
+            checked: 0,
             crossings: 0,
             runs_left: self.promote.saturating_mul(1 << changes),
             ops,

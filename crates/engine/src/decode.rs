@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The longest instruction (Intel SDM vol. 2, 2.3.11).
-const MAX_LENGTH: usize = 15;
+pub(crate) const MAX_LENGTH: usize = 15;
 
 /// What the last op of a block under construction may be fused with.
 #[derive(Clone, Copy, PartialEq, Eq)]

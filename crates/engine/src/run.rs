@@ -168,6 +168,8 @@ impl Cpu {
     unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
         self.counters.translated.entries += 1;
         self.translated.page = self.rip & !PAGE_MASK;
+        // SAFETY: `code` points at a set of our own TLB. Whatever changes it leaves translated code.
+        self.translated.generation = unsafe { (*self.code).generation };
         let enter = self.cache.code.thunks.enter;
         self.translated.running = true;
         // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
@@ -248,7 +250,7 @@ impl Cpu {
         // forgets them.
         unsafe {
             let block = (*self.code).jump(self.rip);
-            if block.is_null() || (*block).mode != self.mode || !(*block).valid {
+            if block.is_null() || (*block).mode != self.mode || !(*block).valid || !self.is_whole(block) {
                 return ptr::null();
             }
             self.link = ptr::null_mut();
@@ -266,7 +268,7 @@ impl Cpu {
         let user = self.cpl == 3;
         let mut block = self.tlb.code(user).jump(linear);
         // SAFETY: remembered blocks live until the cache is cleared, which forgets them.
-        if block.is_null() || unsafe { (*block).mode != self.mode || !(*block).valid } {
+        if block.is_null() || unsafe { (*block).mode != self.mode || !(*block).valid || !self.is_whole(block) } {
             block = self.look_up(linear)?;
         }
         // Within a page a direct jump always leads to the same block, as long as both live.
@@ -283,6 +285,16 @@ impl Cpu {
             }
         }
         Ok(block)
+    }
+
+    /// Whether an instruction that crosses pages is known to go on where it did.
+    ///
+    /// # Safety
+    /// The block is alive.
+    #[inline(always)]
+    unsafe fn is_whole(&self, block: *const Block) -> bool {
+        // SAFETY: the caller's word; `code` points at a set of our own TLB.
+        unsafe { (*block).second_page.is_none() || (*block).checked == (*self.code).generation }
     }
 
     fn look_up(&mut self, linear: u64) -> Run<*const Block> {
@@ -309,9 +321,16 @@ impl Cpu {
             block = self.decode_block(linear, gpa)?;
         }
         // SAFETY: as above.
-        if unsafe { (*block).second_page.is_none() } {
-            let user = self.cpl == 3;
-            self.tlb.code(user).remember(linear, block);
+        unsafe {
+            let long = self.code64();
+            let code = self.tlb.code(self.cpl == 3);
+            if (*block).second_page.is_some() {
+                code.note_page((linear | PAGE_MASK).wrapping_add(1));
+                (*block.cast_mut()).checked = code.generation;
+            }
+            if long || (*block).second_page.is_none() {
+                code.remember(linear, block);
+            }
         }
         Ok(block)
     }

@@ -1,6 +1,9 @@
 //! The soft TLB: guest-linear page to host address, for each address space and privilege.
 
-use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+use std::{
+    alloc::{Layout, alloc_zeroed, handle_alloc_error},
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use crate::{cache::Block, mmu::Translation};
 
@@ -211,6 +214,8 @@ pub struct CodeSet {
     /// Which of them have entries of pages that are not global.
     local_jumps: u64,
     local_pages: u64,
+    /// A number of its own for as long as nothing that it says of code becomes void.
+    pub generation: u64,
     /// Pages that may have jumps: most pages that INVLPG names have none.
     jump_pages: Pages,
     large: Regions,
@@ -259,10 +264,21 @@ impl CodeSet {
         (self.local_pages, self.local_jumps) = (self.used_pages, self.used_jumps);
         self.flush_local();
         self.large = Regions::default();
+        self.renew();
+    }
+
+    /// What was checked against this set is to be checked again.
+    fn renew(&mut self) {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        self.generation = NEXT.fetch_add(1, Ordering::Relaxed);
     }
 
     /// All but entries of global pages (and some of those).
     fn flush_local(&mut self) {
+        if self.local_pages | self.local_jumps == 0 {
+            return;
+        }
+        self.renew();
         const CHUNK: usize = CODE_ENTRIES / 64;
         let chunks = std::mem::take(&mut self.local_pages);
         self.used_pages &= !chunks;
@@ -292,10 +308,17 @@ impl CodeSet {
         let entry = &mut self.pages[(linear >> 12) as usize % CODE_ENTRIES];
         if entry.tag == page {
             entry.tag = INVALID;
+            self.renew();
         }
         if self.jump_pages.may_contain(linear) {
             self.flush_jumps();
+            self.renew();
         }
+    }
+
+    /// The page is one that a generation stands for.
+    pub fn note_page(&mut self, linear: u64) {
+        self.jump_pages.note(linear);
     }
 
     #[inline(always)]

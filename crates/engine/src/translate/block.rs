@@ -17,6 +17,7 @@ use super::{
 use crate::{
     cache::Block,
     cpu::{Cpu, mode},
+    decode::MAX_LENGTH,
     native::{Access, FeatureClass, FeatureSet, Native, Stub, StubCache},
     regs::slot,
     tlb::{CodeSet, DataSet, ENTRIES, ENTRY_SHIFT, Entry, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump, PAGE_MASK},
@@ -105,6 +106,13 @@ pub(super) enum Outline {
     CalledTo {
         from: Label,
     },
+    /// The table's first place for a jump does not have it.
+    Second {
+        from: Label,
+        found: Label,
+        /// For an address that may not be canonical: the instruction, and what to add to RSP before it is done again.
+        unsure: Option<(u64, i32)>,
+    },
     /// Vectors must be brought in first.
     Vectors {
         from: Label,
@@ -181,7 +189,7 @@ impl Cpu {
         // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
         let (gpa, count, shape, second) =
             unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
-        if shape != mode::CODE64 || second.is_some() {
+        if shape != mode::CODE64 {
             return false;
         }
         if self.cache.code.is_full() {
@@ -192,10 +200,17 @@ impl Cpu {
         }
         let Some(page) = self.memory.host_page(gpa & !PAGE_MASK) else { return false };
         let from = (gpa & PAGE_MASK) as usize;
-        let mut bytes = [0u8; 4096];
+        let mut bytes = [0u8; 4096 + MAX_LENGTH];
         // SAFETY: one page of guest RAM.
         unsafe { std::ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), 4096) };
-        let mut decoder = Decoder::with_ip(64, &bytes[from..], 0, DecoderOptions::NONE);
+        let mut end = 4096;
+        if let Some(second) = second {
+            let Some(page) = self.memory.host_page(second & !PAGE_MASK) else { return false };
+            // SAFETY: the start of another.
+            unsafe { std::ptr::copy_nonoverlapping(page, bytes[4096..].as_mut_ptr(), MAX_LENGTH) };
+            end += MAX_LENGTH;
+        }
+        let mut decoder = Decoder::with_ip(64, &bytes[from..end], 0, DecoderOptions::NONE);
         let instructions: Vec<Instruction> = (0..count).map(|_| decoder.decode()).collect();
         // SAFETY: as above.
         let ops = unsafe { std::slice::from_raw_parts((*block).ops, (*block).abortable as usize) };
@@ -268,6 +283,10 @@ impl Work<'_> {
     }
 
     fn block(&mut self, ops: &[Uop], instructions: &[Instruction]) {
+        // SAFETY: the block is alive.
+        if unsafe { (*self.block).second_page.is_some() } {
+            self.check_second_page();
+        }
         self.count(instructions.len());
         self.body(ops, instructions);
         if let Some(flags) = self.again.take() {
@@ -287,6 +306,20 @@ impl Work<'_> {
             self.go(exit.to, exit.here);
         }
         self.outlines();
+    }
+
+    /// An instruction that crosses pages runs where the second page was looked at since translations of code changed.
+    fn check_second_page(&mut self) {
+        let (block, start, leave) = (self.block as u64, self.start as u64, self.thunks.leave_at);
+        let e = &mut self.t.emitter;
+        let checked = e.label();
+        e.load(T0, state(std::mem::offset_of!(super::State, generation)));
+        e.constant(T1, block);
+        e.rm(true, &[0x3b], T0, Mem::Base(T1, std::mem::offset_of!(Block, checked) as i32));
+        e.jcc(cc::E, checked);
+        e.constant(T0, start);
+        e.jmp_address(leave);
+        e.bind(checked);
     }
 
     fn count(&mut self, instructions: usize) {
@@ -705,7 +738,7 @@ impl Work<'_> {
                     self.e().rr(true, &[0x01], T1, T0);
                 }
             }
-            return self.jump_to();
+            return self.jump_to(to <= here, None);
         }
         if to <= here {
             self.poll(to as i32);
@@ -733,16 +766,20 @@ impl Work<'_> {
         self.t.outlines.push(Outline::Called { from, to, make });
     }
 
-    /// Jumps to the canonical address in RAX: through the table of blocks that began there lately.
-    fn jump_to(&mut self) {
+    /// Jumps to the address in RAX: through the table of blocks that began there lately.
+    ///
+    /// `poll`: the jump may close a loop. `unsure`: the address need not be canonical; see [`Outline::Second`].
+    fn jump_to(&mut self, poll: bool, unsure: Option<(u64, i32)>) {
         debug_assert!(self.flags.memory);
-        let called = self.e().label();
-        self.t.outlines.push(Outline::CalledTo { from: called });
-        let second = self.thunks.jump_second;
+        if poll {
+            let from = self.e().label();
+            self.e().load(T1, state(std::mem::offset_of!(super::State, requests)));
+            self.e().group1_mem(false, 7, Mem::Base(T1, 0), 0);
+            self.e().jcc(cc::NE, from);
+            self.t.outlines.push(Outline::CalledTo { from });
+        }
+        let from = self.e().label();
         let e = &mut self.t.emitter;
-        e.load(T1, state(std::mem::offset_of!(super::State, requests)));
-        e.group1_mem(false, 7, Mem::Base(T1, 0), 0);
-        e.jcc(cc::NE, called);
         // The same as `tlb::jump_index`, times 16.
         e.mov32(T1, T0);
         e.shift(false, 5, T1, JUMP_HASH_SHIFT as u8);
@@ -751,8 +788,14 @@ impl Work<'_> {
         e.shift(false, 4, T1, 4);
         e.rm(true, &[0x03], T1, CODE);
         e.rm(true, &[0x3b], T0, Mem::Base(T1, std::mem::offset_of!(Jump, rip) as i32));
-        e.jcc_address(cc::NE, second);
-        jump_to_found(e);
+        e.jcc(cc::NE, from);
+        let found = e.mark();
+        e.load(T1, Mem::Base(T1, std::mem::offset_of!(Jump, block) as i32));
+        // AND RAX, -4096
+        e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
+        e.store(T0, PAGE);
+        e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
+        self.t.outlines.push(Outline::Second { from, found, unsure });
     }
 
     fn conditional_jump(&mut self, insn: &Instruction, index: usize) -> Flow {
@@ -846,14 +889,18 @@ impl Work<'_> {
                         None => self.e().load(T0, gpr(guest)),
                     }
                 }
-                self.check_canonical(index);
+                let site = self.site(index, 1, false);
                 if insn.flow_control() == FlowControl::IndirectCall {
+                    self.check_canonical(index);
                     let target = state(std::mem::offset_of!(super::State, target));
                     self.e().store(T0, target);
                     self.push_return(index, next);
                     self.e().load(T0, target);
+                    self.jump_to(false, None);
+                } else {
+                    self.poll_indirect(site);
+                    self.jump_to(false, Some((site, 0)));
                 }
-                self.jump_to();
                 Some(Flow::Ended)
             }
             FlowControl::Return if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => {
@@ -867,14 +914,24 @@ impl Work<'_> {
                     self.e().bind(done);
                     self.e().load(T0, Mem::Base(T0, 0));
                 }
-                self.check_canonical(index);
-                self.e().lea(STACK, Mem::Base(STACK, 8 + op.imm as i32));
-                self.jump_to();
+                let (site, size) = (self.site(index, 1, false), 8 + op.imm as i32);
+                self.e().lea(STACK, Mem::Base(STACK, size));
+                // No loop is made of returns alone.
+                self.jump_to(false, Some((site, -size)));
                 Some(Flow::Ended)
             }
             // An interrupt or exception, a system call, LOOP, far jumps.
             _ => Some(self.leave_to_interpreter(index, true)),
         }
+    }
+
+    /// An indirect jump may close a loop. If a request is pending it is done by the interpreter, which leaves.
+    fn poll_indirect(&mut self, site: u64) {
+        let from = self.e().label();
+        self.e().load(T1, state(std::mem::offset_of!(super::State, requests)));
+        self.e().group1_mem(false, 7, Mem::Base(T1, 0), 0);
+        self.e().jcc(cc::NE, from);
+        self.t.outlines.push(Outline::Last { from, site, make: None });
     }
 
     /// The address in RAX must be canonical, or the interpreter says why not.
@@ -976,6 +1033,26 @@ impl Work<'_> {
                     e.bind(from);
                     e.jmp_address(thunks.leave_to);
                 }
+                Outline::Second { from, found, unsure } => {
+                    e.bind(from);
+                    e.group1(true, 6, T1, size_of::<Jump>() as i32);
+                    e.rm(true, &[0x3b], T0, Mem::Base(T1, std::mem::offset_of!(Jump, rip) as i32));
+                    e.jcc(cc::E, found);
+                    if let Some((site, size)) = unsure {
+                        e.mov(T1, T0);
+                        e.shift(true, 4, T1, 16);
+                        e.shift(true, 7, T1, 16);
+                        e.rr(true, &[0x39], T0, T1);
+                        e.jcc_address(cc::E, thunks.leave_to);
+                        if size != 0 {
+                            e.lea(STACK, Mem::Base(STACK, size));
+                        }
+                        e.constant(T1, site);
+                        e.jmp_address(thunks.last);
+                    } else {
+                        e.jmp_address(thunks.leave_to);
+                    }
+                }
                 Outline::Vectors { from, back, at, wanted, make } => {
                     e.bind(from);
                     if let Some(recipe) = make {
@@ -997,15 +1074,6 @@ struct Place {
     insn: Instruction,
     memory: u8,
     carried: Vec<(Carried, u8)>,
-}
-
-/// Jumps to the block of the [`Jump`] at T1, whose address is in T0.
-pub(super) fn jump_to_found(e: &mut Emitter) {
-    e.load(T1, Mem::Base(T1, std::mem::offset_of!(Jump, block) as i32));
-    // AND RAX, -4096
-    e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
-    e.store(T0, PAGE);
-    e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
 }
 
 /// The host registers of guest registers.

@@ -236,6 +236,7 @@ impl Default for State {
         let end = Uop { handler: stop, ..crate::decode::BLANK };
         Self {
             page: 0,
+            generation: 0,
             cpu: 0,
             requests: std::ptr::null(),
             target: 0,

@@ -88,6 +88,8 @@ pub enum Left {
 pub struct State {
     /// Linear address of the page that the running code is in.
     pub page: u64,
+    /// [`crate::tlb::CodeSet::generation`] of the set that code is fetched by.
+    pub generation: u64,
     /// The `Cpu` itself.
     pub cpu: u64,
     /// The vCPU's request word.

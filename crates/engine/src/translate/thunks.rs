@@ -3,11 +3,11 @@
 use std::mem::offset_of;
 
 use super::{
-    HOST, Left, State, block,
+    HOST, Left, State,
     emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
     leave,
 };
-use crate::{cpu::Cpu, regs::Regs, tlb::Jump};
+use crate::{cpu::Cpu, regs::Regs};
 
 pub const fn state(offset: usize) -> Mem {
     Mem::State(offset_of!(Cpu, translated) + offset)
@@ -34,8 +34,6 @@ pub struct Thunks {
     pub leave_link: u64,
     /// Jump: leave for the address in RAX.
     pub leave_to: u64,
-    /// Jump: the address in RAX may be that of the jump next to the one at R15.
-    pub jump_second: u64,
     /// Jump: leave for the untranslated block in R15.
     pub leave_block: u64,
     /// Jump: R15 is the site of a last instruction for the interpreter.
@@ -179,12 +177,6 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     thunks.leave_to = m.entry();
     m.e.store(T0, RIP);
     m.leave(Left::Next);
-
-    thunks.jump_second = m.entry();
-    m.e.group1(true, 6, T1, size_of::<Jump>() as i32);
-    m.e.rm(true, &[0x3b], T0, Mem::Base(T1, offset_of!(Jump, rip) as i32));
-    m.e.jcc_address(cc::NE, thunks.leave_to);
-    block::jump_to_found(&mut m.e);
 
     thunks.leave_block = m.entry();
     m.e.store(T1, Mem::State(offset_of!(Cpu, next)));
