@@ -171,6 +171,7 @@ impl Cpu {
         // SAFETY: `code` points at a set of our own TLB. Whatever changes it leaves translated code.
         self.translated.generation = unsafe { (*self.code).generation };
         let enter = self.cache.code.thunks.enter;
+        self.look_at_x87();
         self.translated.running = true;
         // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
         unsafe { translate::enter(enter, self, (*block).code) };

@@ -24,6 +24,7 @@ const MXCSR_MASKS: u32 = 0x1f80;
 pub(super) const MXCSR_DEFAULT: u32 = 0x1f80;
 
 /// Where the last non-control x87 instruction was; what FIP, FDP and FOP are made of.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
     pub instruction: u64,
@@ -177,6 +178,23 @@ impl Fpu {
         host::set_mxcsr(regs.mxcsr);
         self.live |= uses::MXCSR;
         true
+    }
+
+    /// Puts the guest's x87 state into the host's registers, unless an exception is pending or unmasked. Vector
+    /// registers are lost on the way.
+    pub(crate) fn bring_x87(&mut self) -> bool {
+        if self.live & uses::X87 == 0 {
+            if self.pending || image::unmasks(self.control_word()) {
+                return false;
+            }
+            self.enter_x87();
+        }
+        true
+    }
+
+    /// Whether the guest's x87 state is in the host's registers.
+    pub(crate) fn x87_is_live(&self) -> bool {
+        self.live & uses::X87 != 0
     }
 
     /// Takes the guest's state out of the host's registers: x87 into this, MXCSR into `regs`. To be called before

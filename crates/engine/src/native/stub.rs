@@ -91,6 +91,11 @@ impl Stub {
         }
     }
 
+    /// Whether it may unmask x87 exceptions.
+    pub(crate) fn loads_control(&self) -> bool {
+        self.uses & uses::CONTROL != 0
+    }
+
     /// Whether x87 registers, control word or MXCSR take part.
     #[inline]
     pub fn uses_fpu(&self) -> bool {

@@ -18,7 +18,7 @@ use crate::{
     cache::Block,
     cpu::{Cpu, mode},
     decode::MAX_LENGTH,
-    native::{Access, FeatureClass, FeatureSet, Native, Stub, StubCache},
+    native::{Access, Environment, FeatureClass, FeatureSet, Fpu, Native, Stub, StubCache},
     regs::slot,
     tlb::{CodeSet, DataSet, ENTRIES, ENTRY_SHIFT, Entry, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump, PAGE_MASK},
     uop::{FLAT, Uop, address},
@@ -121,6 +121,13 @@ pub(super) enum Outline {
         wanted: u32,
         make: Option<Recipe>,
     },
+    /// The x87 state must be brought in first.
+    X87 {
+        from: Label,
+        back: Label,
+        at: i32,
+        make: Option<Recipe>,
+    },
 }
 
 pub(super) struct Work<'a> {
@@ -137,6 +144,8 @@ pub(super) struct Work<'a> {
     pub(super) recipe: Option<Recipe>,
     /// What the vectors' state is known to allow.
     vectors: u32,
+    /// The x87 state is known to be in the host's registers.
+    x87: bool,
     counts: bool,
     /// Where a block that leads back to itself goes on.
     head: Option<Head>,
@@ -238,6 +247,7 @@ impl Cpu {
             flags: Flags::IN_MEMORY,
             recipe: None,
             vectors: 0,
+            x87: false,
             counts: self.translated.counts,
             head: None,
             again: None,
@@ -378,6 +388,7 @@ impl Work<'_> {
         self.e().call_address(interpret);
         self.flags_set(Flags::IN_MEMORY, None);
         self.vectors = 0;
+        self.x87 = false;
         Flow::On
     }
 
@@ -524,11 +535,14 @@ impl Work<'_> {
     fn copy(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
         let mut alignment = 1;
         let mut class = FeatureClass::Integer;
+        let mut fop = 0;
         let plain = operand::is_plain(insn);
         if !plain {
-            let Ok(Native::Stub(Stub { ref memory, class: of, .. })) = self.stubs.get(insn) else { return false };
+            let Ok(Native::Stub(stub)) = self.stubs.get(insn) else { return false };
+            let Stub { ref memory, class: of, fop: opcode, .. } = stub;
+            fop = opcode;
             use FeatureClass as F;
-            if !matches!(of, F::Integer | F::VexInteger | F::Sse | F::Avx) {
+            if !matches!(of, F::Integer | F::VexInteger | F::Sse | F::Avx | F::X87) || stub.loads_control() {
                 return false;
             }
             if memory.access == Access::None && insn.op_kinds().any(|k| k == OpKind::Memory) {
@@ -568,6 +582,13 @@ impl Work<'_> {
             _ if found.vectors => vectors::SSE,
             _ => 0,
         };
+        let x87 = class == FeatureClass::X87;
+        if x87 {
+            self.want_x87(self.start as i32 + i32::from(op.off));
+            if fop != 0 {
+                self.note_x87(fop, op);
+            }
+        }
         if wanted != 0 {
             self.want_vectors(wanted, self.start as i32 + i32::from(op.off));
         }
@@ -589,6 +610,11 @@ impl Work<'_> {
             } else if !found.flags_out {
                 self.keep_recipe(written);
             }
+            if fop != 0 {
+                let base = HOST[usize::from(op.base)].unwrap_or(T0);
+                self.e().lea(T0, Mem::Base(base, disp));
+                self.e().store(T0, environment(std::mem::offset_of!(Environment, operand)));
+            }
             // Flags may have been made in between.
             self.reach_span(index, disp, found.bytes, write);
         } else if has_memory {
@@ -598,6 +624,9 @@ impl Work<'_> {
             // Flags that are about to be overwritten must be there for a fault, not for longer.
             self.keep_flags(if overwritten { 0 } else { written });
             let _ = self.address(op, i64::from(disp));
+            if fop != 0 {
+                self.e().store(T0, environment(std::mem::offset_of!(Environment, operand)));
+            }
             self.access(index, found.bytes, found.touch == Touch::Write, alignment, done);
             if place.memory == T1 {
                 self.e().mov(T1, T0);
@@ -704,6 +733,33 @@ impl Work<'_> {
         let bytes = self.t.encoder.take_buffer();
         encoded.ok()?;
         Some((bytes, Place { insn, memory, carried }))
+    }
+
+    fn want_x87(&mut self, at: i32) {
+        if self.x87 {
+            return;
+        }
+        self.drop_held();
+        self.keep_flags(0);
+        let make = self.missing_flags();
+        self.e().test_byte(state(std::mem::offset_of!(super::State, x87)), 1);
+        self.flags.host = false;
+        let from = self.e().label();
+        self.e().jcc(cc::E, from);
+        let back = self.e().mark();
+        self.t.outlines.push(Outline::X87 { from, back, at, make });
+        self.x87 = true;
+    }
+
+    /// Where the instruction is, and what it is: FIP and FOP. Uses RAX.
+    fn note_x87(&mut self, opcode: u16, op: &Uop) {
+        let at = self.start as i32 + i32::from(op.off);
+        self.e().load(T0, PAGE);
+        self.e().lea(T0, Mem::Base(T0, at));
+        self.e().store(T0, environment(std::mem::offset_of!(Environment, instruction)));
+        let at = environment(std::mem::offset_of!(Environment, opcode));
+        self.e().prefixed(&[0x66], false, &[0xc7], 0, at);
+        self.e().raw(&opcode.to_le_bytes());
     }
 
     pub(super) fn want_vectors(&mut self, wanted: u32, at: i32) {
@@ -1053,6 +1109,15 @@ impl Work<'_> {
                         e.jmp_address(thunks.leave_to);
                     }
                 }
+                Outline::X87 { from, back, at, make } => {
+                    e.bind(from);
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
+                    e.constant(T0, at as u64);
+                    e.call_address(thunks.x87);
+                    e.jmp(back);
+                }
                 Outline::Vectors { from, back, at, wanted, make } => {
                     e.bind(from);
                     if let Some(recipe) = make {
@@ -1074,6 +1139,11 @@ struct Place {
     insn: Instruction,
     memory: u8,
     carried: Vec<(Carried, u8)>,
+}
+
+/// A field of what FSTENV tells.
+fn environment(offset: usize) -> Mem {
+    Mem::State(std::mem::offset_of!(Cpu, fpu) + std::mem::offset_of!(Fpu, environment) + offset)
 }
 
 /// The host registers of guest registers.

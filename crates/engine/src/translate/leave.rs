@@ -106,8 +106,17 @@ impl Cpu {
         GO_ON
     }
 
-    /// MXCSR, where vectors are about to be in registers again: a device access has taken it out.
+    /// Says whether x87 instructions may run as they are.
+    pub fn look_at_x87(&mut self) {
+        let x87 = self.fpu.x87_is_live() && self.cr0 & (cr0::TS | cr0::EM) == 0;
+        self.translated.x87 = x87.into();
+    }
+
+    /// MXCSR and x87 state, where they are about to be in registers again: a device access has taken them out.
     fn keep_vectors(&mut self) {
+        if self.translated.x87 != 0 {
+            self.fpu.bring_x87();
+        }
         if self.translated.vectors != 0 && !self.fpu.enter_mxcsr(&mut self.regs) {
             self.translated.vectors = 0;
         }
@@ -184,7 +193,9 @@ pub unsafe extern "sysv64" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.at_block(site.block);
-        cpu.run_alone(site)
+        let done = cpu.run_alone(site);
+        cpu.look_at_x87();
+        done
     }
 }
 
@@ -211,6 +222,19 @@ pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) {
             cpu.translated.left = Left::Next;
         }
     }
+}
+
+/// Puts the x87 state into the host's registers.
+pub unsafe extern "sysv64" fn bring_x87(cpu: *mut Cpu) -> u64 {
+    // SAFETY: as in `slow`.
+    let cpu = unsafe { &mut *cpu };
+    if cpu.cr0 & (cr0::TS | cr0::EM) != 0 || !cpu.fpu.bring_x87() {
+        cpu.rip = cpu.translated.page.wrapping_add(cpu.translated.target & 0xffff_ffff);
+        cpu.translated.left = Left::Interpret;
+        return LEAVE;
+    }
+    cpu.translated.x87 = 1;
+    GO_ON
 }
 
 /// Says what vector instructions may run, and puts MXCSR into the host's register.
@@ -247,6 +271,7 @@ impl Default for State {
             news: 0,
             site: 0,
             vectors: 0,
+            x87: 0,
             left: Left::Next,
             ctl: Ctl::Next,
             stopped: false,

@@ -110,6 +110,8 @@ pub struct State {
     pub site: u64,
     /// See [`vectors`]; 0 while the guest's vectors are in memory.
     pub vectors: u32,
+    /// The guest's x87 state is in the host's registers, and x87 instructions may run.
+    pub x87: u32,
     pub left: Left,
     pub ctl: Ctl,
     /// The instruction ran to its end.

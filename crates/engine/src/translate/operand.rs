@@ -181,7 +181,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     let operands = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
         OpKind::Register => {
             let r = insn.op_register(i);
-            r.is_gpr() || r.is_xmm() || r.is_ymm()
+            r.is_gpr() || r.is_xmm() || r.is_ymm() || r.is_st()
         }
         OpKind::Memory
         | OpKind::Immediate8
@@ -222,7 +222,8 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     if memory_at.is_some() && touch == Touch::None {
         return None;
     }
-    let high = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::AH);
+    let high = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::AH)
+        || insn.code() == Code::Fnstsw_AX;
     let mut copyable = Copyable {
         touch,
         bytes: if touch == Touch::None { 1 } else { insn.memory_size().size() as u64 },
@@ -240,7 +241,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
             copyable.vectors = true;
             continue;
         }
-        if register.is_segment_register() {
+        if register.is_segment_register() || register.is_st() {
             continue;
         }
         if !register.is_gpr() {

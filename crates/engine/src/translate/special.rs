@@ -18,6 +18,7 @@ use crate::{
     uop::Uop,
 };
 
+const SCRATCH: Mem = state(std::mem::offset_of!(super::State, scratch));
 const TARGET: Mem = state(std::mem::offset_of!(super::State, target));
 const RFLAGS: Mem = Mem::State(std::mem::offset_of!(Cpu, rflags));
 
@@ -52,6 +53,8 @@ impl Work<'_> {
                 self.clear_interrupts(index);
                 true
             }
+            Code::Stmxcsr_m32 | Code::VEX_Vstmxcsr_m32 => self.store_mxcsr(insn, op, index),
+            Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32 => self.load_mxcsr(insn, op, index),
             Code::VEX_Vzeroupper => {
                 self.want_vectors(vectors::AVX, self.start as i32 + i32::from(op.off));
                 self.e().raw(&[0xc5, 0xf8, 0x77]);
@@ -314,6 +317,54 @@ impl Work<'_> {
         self.e().prefixed(&[0x66], false, &[0x09], T0, FLAGS);
         self.flags_set(Flags::IN_MEMORY, None);
         self.e().bind(done);
+        true
+    }
+
+    fn want_mxcsr(&mut self, insn: &Instruction, op: &Uop) -> bool {
+        let vex = matches!(insn.code(), Code::VEX_Vstmxcsr_m32 | Code::VEX_Vldmxcsr_m32);
+        let ok = self.addressable(op);
+        if ok {
+            let wanted = if vex { vectors::AVX } else { vectors::SSE };
+            self.want_vectors(wanted, self.start as i32 + i32::from(op.off));
+            self.keep_flags(0);
+        }
+        ok
+    }
+
+    /// While vectors are in the host's registers, so is MXCSR.
+    fn store_mxcsr(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
+        if !self.want_mxcsr(insn, op) {
+            return false;
+        }
+        let _ = self.address(op, i64::from(op.disp));
+        let done = self.e().label();
+        self.access(index, 4, true, 1, done);
+        self.e().rm(false, &[0x0f, 0xae], 3, Mem::Base(T0, 0));
+        self.e().bind(done);
+        true
+    }
+
+    /// A value that unmasks exceptions, or that is refused, is the interpreter's.
+    fn load_mxcsr(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
+        if !self.want_mxcsr(insn, op) {
+            return false;
+        }
+        self.pack();
+        let _ = self.address(op, i64::from(op.disp));
+        // What the interpreter did instead may have changed how vectors are to be treated: nothing goes on behind it.
+        let (done, odd) = (self.e().label(), self.e().label());
+        let site = self.site(index, 1, false);
+        self.access(index, 4, false, 1, odd);
+        self.e().load32(T1, Mem::Base(T0, 0));
+        self.e().rr(false, &[0x89], T1, T0);
+        self.e().group1(false, 4, T0, 0xffff_1f80_u32 as i32);
+        self.e().group1(false, 7, T0, 0x1f80);
+        self.e().jcc(cc::NE, odd);
+        // From a place that no other vCPU can change meanwhile.
+        self.e().rm(false, &[0x89], T1, SCRATCH);
+        self.e().rm(false, &[0x0f, 0xae], 2, SCRATCH);
+        self.e().bind(done);
+        self.t.outlines.push(Outline::Last { from: odd, site, make: None });
         true
     }
 

@@ -49,6 +49,8 @@ pub struct Thunks {
     pub span: u64,
     /// Call: brings vectors in; R15 is what is wanted, EAX the page offset of the instruction.
     pub vectors: u64,
+    /// Call: brings the x87 state in; EAX is the page offset of the instruction.
+    pub x87: u64,
 }
 
 /// Where a vector register's slot is.
@@ -228,6 +230,13 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.load_registers();
     m.e.rr(true, &[0x85], T0, T0);
     m.e.ret();
+
+    thunks.x87 = m.entry();
+    m.e.store(T0, state(offset_of!(State, target)));
+    m.store_registers();
+    m.store_vectors(false);
+    m.call(leave::bring_x87 as *const () as u64);
+    m.e.jmp(reload);
 
     thunks.vectors = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));
