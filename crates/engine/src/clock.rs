@@ -223,6 +223,14 @@ impl VcpuClock {
         self.vm.tsc().wrapping_add(self.adjust.load(Ordering::Relaxed))
     }
 
+    /// What this vCPU's TSC is ahead of the host's, where it runs with it.
+    pub fn ahead_of_host(&self) -> Option<u64> {
+        let clock = &self.vm;
+        let same = clock.source == Source::HostTsc && clock.scale.is_none();
+        let base = clock.tsc_at_epoch.wrapping_sub(clock.epoch);
+        same.then(|| base.wrapping_add(self.adjust.load(Ordering::Relaxed)))
+    }
+
     /// Sets this vCPU's TSC, as writing IA32_TSC does; also how a saved state is restored.
     pub fn set_tsc(&self, value: u64) {
         self.adjust.fetch_add(value.wrapping_sub(self.tsc()), Ordering::Relaxed);

@@ -166,12 +166,8 @@ impl Cpu {
     /// # Safety
     /// The block is alive, translated, and where `rip` is.
     unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
-        self.counters.translated.entries += 1;
-        self.translated.page = self.rip & !PAGE_MASK;
-        // SAFETY: `code` points at a set of our own TLB. Whatever changes it leaves translated code.
-        self.translated.generation = unsafe { (*self.code).generation };
+        self.prepare_translation();
         let enter = self.cache.code.thunks.enter;
-        self.look_at_x87();
         self.translated.running = true;
         // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
         unsafe { translate::enter(enter, self, (*block).code) };
@@ -206,6 +202,42 @@ impl Cpu {
             }
         }
         Ctl::Next
+    }
+
+    /// The translated block at `rip`, if an instruction that was left to the interpreter was followed by it at once:
+    /// what the run loop would do between the two is done here.
+    pub fn successor(&mut self) -> *const Block {
+        let t = &self.translated;
+        let on = t.left == Left::Next || (t.left == Left::Handler && t.ctl == Ctl::Next);
+        let plain = self.mode == mode::CODE64 && !self.shadow && self.signal.pending() == 0;
+        if !on || !plain || self.crash.is_some() || !self.suspended.is_empty() {
+            return ptr::null();
+        }
+        // SAFETY: `code` points at a set of our own TLB; remembered blocks are alive.
+        unsafe {
+            let block = (*self.code).jump(self.rip);
+            let usable = !block.is_null() && (*block).valid && (*block).entry != 0 && (*block).mode == self.mode;
+            if !usable || !self.is_whole(block) {
+                return ptr::null();
+            }
+            self.transferred = false;
+            self.link = ptr::null_mut();
+            self.next = ptr::null();
+            self.block = block;
+            self.prepare_translation();
+            block
+        }
+    }
+
+    /// Puts what translated code looks at in order.
+    #[inline(always)]
+    fn prepare_translation(&mut self) {
+        self.counters.translated.entries += 1;
+        self.translated.page = self.rip & !PAGE_MASK;
+        // SAFETY: `code` points at a set of our own TLB. Whatever changes it leaves translated code.
+        self.translated.generation = unsafe { (*self.code).generation };
+        self.look_at_x87();
+        self.look_at_tsc();
     }
 
     /// Replaces a translation; whoever jumps to the old one comes to the new.

@@ -106,6 +106,14 @@ impl Cpu {
         GO_ON
     }
 
+    /// Says whether the TSC may be read as it is, and what to add.
+    pub fn look_at_tsc(&mut self) {
+        let allowed = self.cpl == 0 || self.cr4 & cr4::TSD == 0;
+        let offset = self.clock.ahead_of_host();
+        self.translated.tsc_direct = (allowed && offset.is_some()).into();
+        self.translated.tsc_offset = offset.unwrap_or_default();
+    }
+
     /// Says whether x87 instructions may run as they are.
     pub fn look_at_x87(&mut self) {
         let x87 = self.fpu.x87_is_live() && self.cr0 & (cr0::TS | cr0::EM) == 0;
@@ -209,8 +217,9 @@ pub unsafe extern "sysv64" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
     }
 }
 
-/// An instruction that ends its block.
-pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) {
+/// An instruction that ends its block. Where its successor is translated, and nothing else is to be done before it, that
+/// is the answer; otherwise 0.
+pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
@@ -221,6 +230,8 @@ pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) {
             cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from(op.off) + u64::from(op.len));
             cpu.translated.left = Left::Next;
         }
+        let next = cpu.successor();
+        if next.is_null() { 0 } else { (*next).code as u64 }
     }
 }
 
@@ -271,6 +282,8 @@ impl Default for State {
             news: 0,
             site: 0,
             vectors: 0,
+            tsc_offset: 0,
+            tsc_direct: 0,
             x87: 0,
             left: Left::Next,
             ctl: Ctl::Next,

@@ -110,6 +110,9 @@ pub struct State {
     pub site: u64,
     /// See [`vectors`]; 0 while the guest's vectors are in memory.
     pub vectors: u32,
+    /// What the guest's TSC is ahead of the host's, if it may be read so.
+    pub tsc_offset: u64,
+    pub tsc_direct: u32,
     /// The guest's x87 state is in the host's registers, and x87 instructions may run.
     pub x87: u32,
     pub left: Left,

@@ -53,6 +53,13 @@ impl Work<'_> {
                 self.clear_interrupts(index);
                 true
             }
+            Code::Rdtsc | Code::Rdtscp => {
+                self.read_tsc(insn.code() == Code::Rdtscp, index);
+                true
+            }
+            Code::Mfence => self.fence(0xf0),
+            Code::Lfence => self.fence(0xe8),
+            Code::Sfence => self.fence(0xf8),
             Code::Stmxcsr_m32 | Code::VEX_Vstmxcsr_m32 => self.store_mxcsr(insn, op, index),
             Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32 => self.load_mxcsr(insn, op, index),
             Code::VEX_Vzeroupper => {
@@ -318,6 +325,42 @@ impl Work<'_> {
         self.flags_set(Flags::IN_MEMORY, None);
         self.e().bind(done);
         true
+    }
+
+    fn fence(&mut self, which: u8) -> bool {
+        self.e().raw(&[0x0f, 0xae, which]);
+        true
+    }
+
+    /// RDTSC and RDTSCP, where the guest's runs with the host's.
+    fn read_tsc(&mut self, with_aux: bool, index: usize) {
+        const LOW: u8 = super::ACCUMULATOR;
+        const HIGH: u8 = 2;
+        self.drop_held();
+        self.pack();
+        let (odd, done) = (self.e().label(), self.e().label());
+        self.e().test_byte(state(std::mem::offset_of!(super::State, tsc_direct)), 1);
+        self.e().jcc(cc::E, odd);
+        if with_aux {
+            // Earlier instructions are done first.
+            self.fence(0xe8);
+        }
+        self.e().raw(&[0x0f, 0x31]);
+        self.e().shift(true, 4, HIGH, 32);
+        self.e().rr(true, &[0x09], HIGH, T0);
+        self.e().rm(true, &[0x03], T0, state(std::mem::offset_of!(super::State, tsc_offset)));
+        self.e().mov(HIGH, T0);
+        self.e().shift(true, 5, HIGH, 32);
+        self.e().mov32(LOW, T0);
+        if with_aux {
+            const COUNTER: u8 = 1;
+            let aux = std::mem::offset_of!(Cpu, msr) + std::mem::offset_of!(crate::cpu::Msrs, tsc_aux);
+            self.e().load32(COUNTER, Mem::State(aux));
+        }
+        let site = self.site(index, 1, false);
+        self.t.outlines.push(Outline::Interpret { from: odd, done, site });
+        self.flags_set(Flags::IN_MEMORY, None);
+        self.e().bind(done);
     }
 
     fn want_mxcsr(&mut self, insn: &Instruction, op: &Uop) -> bool {

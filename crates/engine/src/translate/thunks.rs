@@ -190,7 +190,10 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.e.group1(true, 5, RSP, 8);
     m.call(leave::last as *const () as u64);
     m.e.group1(true, 0, RSP, 8);
-    m.e.jmp(tail);
+    m.e.rr(true, &[0x85], T0, T0);
+    m.e.jcc(cc::E, tail);
+    m.load_registers();
+    m.e.rr(false, &[0xff], 4, T0);
 
     let dropped = m.e.label();
     thunks.interpret = m.entry();
