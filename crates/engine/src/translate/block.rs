@@ -68,6 +68,8 @@ pub(super) enum Outline {
         table: i32,
         flags: bool,
         make: Option<Recipe>,
+        /// The host's address is the sum of T0 and T1, else T0.
+        pair: bool,
     },
     /// An instruction for the interpreter after all, in the middle of the block.
     Interpret {
@@ -79,6 +81,17 @@ pub(super) enum Outline {
     Last {
         from: Label,
         site: u64,
+        make: Option<Recipe>,
+    },
+    /// A memory access that missed, where T1 is to be what its address lacks.
+    SlowNear {
+        missed: Label,
+        again: Label,
+        done: Label,
+        own: Mem,
+        site: u64,
+        table: i32,
+        flags: bool,
         make: Option<Recipe>,
     },
     /// A span that missed.
@@ -456,13 +469,17 @@ impl Work<'_> {
         }
     }
 
-    /// From the linear address in T0 to the host's. Uses T1 and the host's flags.
-    fn look_up(&mut self, bytes: u64, write: bool) -> (Label, Label, i32) {
+    /// From the linear address in T0 to the host's: in T0, or as the sum of T0 and T1. Uses T1 and the host's flags.
+    fn look_up(&mut self, bytes: u64, write: bool, pair: bool) -> (Label, Label, i32) {
         let table = self.entry(bytes, write);
         let e = &mut self.t.emitter;
         let missed = e.label();
         e.jcc(cc::A, missed);
-        e.rm(true, &[0x03], T0, Mem::Base(T1, table + HOST_FIELD));
+        if pair {
+            e.load(T1, Mem::Base(T1, table + HOST_FIELD));
+        } else {
+            e.rm(true, &[0x03], T0, Mem::Base(T1, table + HOST_FIELD));
+        }
         let again = e.mark();
         (missed, again, table)
     }
@@ -477,12 +494,17 @@ impl Work<'_> {
         missed
     }
 
+    /// Where a set's table for reading or writing is.
+    pub(super) fn table(&self, write: bool) -> i32 {
+        if write { WRITE_TABLE } else { READ_TABLE }
+    }
+
     /// T1 is where the TLB entry for the address in T0 is; T0 becomes the offset in its page, and "above" says that
     /// the bytes are not in it.
     fn entry(&mut self, bytes: u64, write: bool) -> i32 {
         debug_assert!(self.flags.memory || self.recipe.is_some());
         self.drop_held();
-        let table = if write { WRITE_TABLE } else { READ_TABLE };
+        let table = self.table(write);
         let bmi2 = self.t.bmi2;
         let e = &mut self.t.emitter;
         if bmi2 {
@@ -505,6 +527,11 @@ impl Work<'_> {
     /// The address of an operand of `bytes` bytes on the host, in T0. `done` is where the interpreter goes on if it
     /// did the instruction; `flags`: flags are expected in the host's there.
     pub(super) fn access(&mut self, index: usize, bytes: u64, write: bool, align: u64, done: Label) {
+        self.access_by(index, bytes, write, align, done, false);
+    }
+
+    /// The same; with `pair` the address is the sum of T0 and T1.
+    fn access_by(&mut self, index: usize, bytes: u64, write: bool, align: u64, done: Label, pair: bool) {
         let site = self.site(index, bytes, write);
         if align > 1 {
             // TEST AL, align - 1
@@ -516,15 +543,15 @@ impl Work<'_> {
             self.t.outlines.push(Outline::Last { from, site, make });
         }
         let make = self.missing_flags();
-        let (missed, again, table) = self.look_up(bytes, write);
-        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make });
+        let (missed, again, table) = self.look_up(bytes, write, pair);
+        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make, pair });
     }
 
     /// The outlines pushed since `first` come back to a place where flags are in the host's.
     fn flags_wanted(&mut self, first: usize) {
         let host = self.flags.host;
         for outline in &mut self.t.outlines[first..] {
-            if let Outline::Slow { flags, .. } = outline {
+            if let Outline::Slow { flags, .. } | Outline::SlowNear { flags, .. } = outline {
                 *flags = host;
             }
         }
@@ -598,25 +625,43 @@ impl Work<'_> {
         let written = host_mask(found.writes);
         if let Some(reach) = reach {
             let write = found.touch == Touch::Write;
-            if reach == Reach::Lead {
+            if reach == Reach::Alone {
+                if found.flags_in {
+                    self.pack();
+                }
+                self.keep_flags(if overwritten { 0 } else { written });
+                if fop != 0 {
+                    let base = HOST[usize::from(op.base)].unwrap_or(T0);
+                    self.e().lea(T0, Mem::Base(base, disp));
+                    self.e().store(T0, environment(std::mem::offset_of!(Environment, operand)));
+                }
+                self.reach_alone(index, op.base, disp, found.bytes, write, done);
+                if found.flags_in {
+                    self.unpack();
+                }
+            } else if reach == Reach::Lead {
                 if found.flags_in {
                     self.pack();
                 }
                 self.keep_flags(if overwritten { 0 } else { written });
                 self.reach_span(index, disp, found.bytes, write);
             }
-            if found.flags_in {
+            if reach == Reach::Alone {
+                // That is done.
+            } else if found.flags_in {
                 self.unpack();
             } else if !found.flags_out {
                 self.keep_recipe(written);
             }
-            if fop != 0 {
+            if fop != 0 && reach != Reach::Alone {
                 let base = HOST[usize::from(op.base)].unwrap_or(T0);
                 self.e().lea(T0, Mem::Base(base, disp));
                 self.e().store(T0, environment(std::mem::offset_of!(Environment, operand)));
             }
             // Flags may have been made in between.
-            self.reach_span(index, disp, found.bytes, write);
+            if reach != Reach::Alone {
+                self.reach_span(index, disp, found.bytes, write);
+            }
         } else if has_memory {
             if found.flags_in {
                 self.pack();
@@ -627,7 +672,8 @@ impl Work<'_> {
             if fop != 0 {
                 self.e().store(T0, environment(std::mem::offset_of!(Environment, operand)));
             }
-            self.access(index, found.bytes, found.touch == Touch::Write, alignment, done);
+            let pair = place.pair;
+            self.access_by(index, found.bytes, found.touch == Touch::Write, alignment, done, pair);
             if place.memory == T1 {
                 self.e().mov(T1, T0);
             }
@@ -723,6 +769,11 @@ impl Work<'_> {
         if has_memory {
             insn.set_memory_base(if memory == T1 { Register::R15 } else { Register::RAX });
         }
+        // Nothing else wants T1: it is the other half of the address.
+        let pair = has_memory && memory == T0 && carried.is_empty();
+        if pair {
+            insn.set_memory_index(Register::R15);
+        }
         if let Some((base, disp)) = near {
             insn.set_memory_index(operand::renamed(Register::RAX, HOST[usize::from(base)]?)?);
             insn.set_memory_displacement64(i64::from(disp) as u64);
@@ -732,7 +783,7 @@ impl Work<'_> {
         // Also what a failed attempt left there: AH and its like cannot go with registers that want a REX prefix.
         let bytes = self.t.encoder.take_buffer();
         encoded.ok()?;
-        Some((bytes, Place { insn, memory, carried }))
+        Some((bytes, Place { insn, memory, pair, carried }))
     }
 
     fn want_x87(&mut self, at: i32) {
@@ -1030,7 +1081,7 @@ impl Work<'_> {
             let thunks = self.thunks;
             let e = &mut self.t.emitter;
             match outline {
-                Outline::Slow { missed, again, done, site, table, flags, make } => {
+                Outline::Slow { missed, again, done, site, table, flags, make, pair } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
                     if let Some(recipe) = make {
@@ -1038,7 +1089,31 @@ impl Work<'_> {
                     }
                     e.constant(T1, site);
                     e.call_address(thunks.slow);
+                    if pair {
+                        e.constant(T1, 0);
+                    }
                     e.jcc(cc::NE, again);
+                    if flags {
+                        flags::unpack(e);
+                    }
+                    e.jmp(done);
+                }
+                Outline::SlowNear { missed, again, done, own, site, table, flags, make } => {
+                    e.bind(missed);
+                    e.rm(true, &[0x33], T0, Mem::Base(T1, table));
+                    if let Some(recipe) = make {
+                        flags::make(e, &recipe);
+                    }
+                    e.constant(T1, site);
+                    e.call_address(thunks.slow);
+                    // LEA leaves ZF alone; SUB comes after it was looked at.
+                    e.lea(T1, own);
+                    let interpreted = e.label();
+                    e.jcc(cc::E, interpreted);
+                    e.rr(true, &[0x29], T1, T0);
+                    e.mov(T1, T0);
+                    e.jmp(again);
+                    e.bind(interpreted);
                     if flags {
                         flags::unpack(e);
                     }
@@ -1138,6 +1213,8 @@ struct Place {
     /// With its operands renamed.
     insn: Instruction,
     memory: u8,
+    /// With T1 for an index.
+    pair: bool,
     carried: Vec<(Carried, u8)>,
 }
 

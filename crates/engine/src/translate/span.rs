@@ -10,7 +10,7 @@ use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, Op
 use super::{
     HOST, STACK,
     block::{Outline, Work},
-    emit::{Emitter, Mem, T0, T1},
+    emit::{Emitter, Label, Mem, T0, T1},
     thunks::state,
 };
 
@@ -58,6 +58,8 @@ pub enum Reach {
     Lead,
     /// Another has.
     Follow,
+    /// Looks it up for itself.
+    Alone,
 }
 
 /// A memory access, by guest register.
@@ -204,7 +206,7 @@ impl Work<'_> {
         let span = self.plan.spans[member.span];
         match (span.active, span.members) {
             (true, _) => Some(Reach::Follow),
-            (false, 0 | 1) => None,
+            (false, 0 | 1) => Some(Reach::Alone),
             (false, _) => Some(Reach::Lead),
         }
     }
@@ -236,11 +238,30 @@ impl Work<'_> {
         self.plan.held = Some(member.span);
     }
 
+    /// Has T1 hold what is to be added to the address of an operand that is part of no span. Uses RAX and the host's
+    /// flags. `done` is where the interpreter goes on if it did the instruction.
+    pub fn reach_alone(&mut self, index: usize, base: u8, disp: i32, bytes: u64, write: bool, done: Label) {
+        let base = HOST[usize::from(base)].unwrap_or(T0);
+        let own = Mem::Base(base, disp);
+        let make = self.missing_flags();
+        let site = self.site(index, bytes, write);
+        if disp == 0 {
+            self.e().mov(T0, base);
+        } else {
+            self.e().lea(T0, own);
+        }
+        let table = self.table(write);
+        let missed = self.look_up_span(bytes, write);
+        let again = self.e().mark();
+        self.t.outlines.push(Outline::SlowNear { missed, again, done, own, site, table, flags: false, make });
+    }
+
     /// The stack operand of an instruction, `disp` bytes from RSP, if it is part of a span.
     pub fn stack_span(&mut self, index: usize, disp: i32, write: bool, written: u16) -> Option<Mem> {
         match self.reach(index)? {
             Reach::Lead => self.keep_flags(written),
             Reach::Follow => self.keep_recipe(written),
+            Reach::Alone => return None,
         }
         self.reach_span(index, disp, 8, write);
         Some(Mem::Indexed(T1, STACK, 0, disp))

@@ -150,10 +150,10 @@ impl Work<'_> {
     fn leave_frame(&mut self, index: usize) -> bool {
         const FRAME: u8 = 5;
         let written = 1 << STACK | 1 << FRAME;
-        if let Some(reach) = self.reach(index) {
+        if let Some(reach @ (Reach::Lead | Reach::Follow)) = self.reach(index) {
             match reach {
-                Reach::Lead => self.keep_flags(written),
                 Reach::Follow => self.keep_recipe(written),
+                _ => self.keep_flags(written),
             }
             self.reach_span(index, 0, 8, false);
             self.e().lea(STACK, Mem::Base(FRAME, 8));
