@@ -14,8 +14,8 @@ use crate::{
 /// The longest block, in instructions.
 pub const MAX_BLOCK: usize = 48;
 /// Decoded instructions (32 bytes each) that the vCPUs of a machine keep together, and one at least.
-const CAPACITY: usize = 600_000;
-const CAPACITY_OF_ONE: usize = 150_000;
+const CAPACITY: usize = 420_000;
+const CAPACITY_OF_ONE: usize = 120_000;
 
 /// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
 #[repr(C)]
@@ -27,21 +27,22 @@ pub struct Block {
     pub dead: u32,
     /// Runs in the interpreter that are left until it is translated.
     pub runs_left: u32,
+    /// How often a span of its translation crossed pages; from [`crate::translate::span::CROSSINGS`] on it is translated
+    /// without.
+    pub crossings: u16,
+    /// Instructions.
+    pub count: u8,
+    /// Ops that stand for instructions (fewer where some are fused).
+    pub abortable: u8,
+    pub ops: *const Uop,
     /// [`crate::tlb::CodeSet::generation`] for which the second page is where the block wants it.
     pub checked: u64,
-    /// How often a span of its translation crossed pages; from [`crate::translate::span::CROSSINGS`] on it is translated without.
-    pub crossings: u32,
-    pub ops: *const Uop,
-    /// Instructions.
-    pub count: u32,
-    /// Ops that stand for instructions (fewer where some are fused).
-    pub abortable: u32,
-    /// [`crate::cpu::Cpu::mode`] that it was decoded for.
-    pub mode: u8,
-    pub valid: bool,
     pub gpa: u64,
     /// Where the second page was when the block was decoded, for an instruction that crosses pages.
     pub second_page: Option<u64>,
+    /// [`crate::cpu::Cpu::mode`] that it was decoded for.
+    pub mode: u8,
+    pub valid: bool,
     /// The blocks that follow within the page: not taken, taken.
     pub links: [*const Block; 2],
 }
@@ -167,8 +168,8 @@ impl BlockCache {
             crossings: 0,
             runs_left: self.promote.saturating_mul(1 << changes),
             ops,
-            count,
-            abortable,
+            count: count as u8,
+            abortable: abortable as u8,
             mode,
             valid: true,
             gpa,

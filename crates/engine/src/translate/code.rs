@@ -15,8 +15,8 @@ pub struct CodeBuffer {
 }
 
 /// Bytes for the translations of all vCPUs together, and of one at least.
-const CAPACITY: usize = 24 << 20;
-const CAPACITY_OF_ONE: usize = 6 << 20;
+const CAPACITY: usize = 12 << 20;
+const CAPACITY_OF_ONE: usize = 5 << 20;
 /// No translation is larger.
 const LARGEST: usize = 64 << 10;
 

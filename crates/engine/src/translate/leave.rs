@@ -183,7 +183,7 @@ pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64
             }
             Ok(Some(_)) if !crosses(from, cpu.translated.span_bytes.into()) && cpu.translated.news == news => GO_ON,
             Ok(_) => {
-                block.crossings += 1;
+                block.crossings = block.crossings.saturating_add(1);
                 cpu.uncount(u64::from(block.count).saturating_sub(site.index as u64));
                 cpu.rip = cpu.regs.gpr[slot::BLOCK].wrapping_add(u64::from((*op).off));
                 cpu.translated.left = Left::Interpret;

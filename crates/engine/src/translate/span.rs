@@ -19,7 +19,7 @@ const WIDEST: i64 = 256;
 /// Spans of a block that are kept.
 pub const SLOTS: usize = 8;
 /// Times that the spans of a block may cross pages before it is translated without them.
-pub const CROSSINGS: u32 = 64;
+pub const CROSSINGS: u16 = 64;
 
 /// Accesses by one register that are looked up together.
 #[derive(Clone, Copy, Debug)]
