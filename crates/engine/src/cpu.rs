@@ -145,6 +145,8 @@ pub struct Counters {
     pub halts: u64,
     pub cr3_loads: u64,
     pub code_writes: u64,
+    /// Nanoseconds in which guest code ran, where that is measured.
+    pub running: u64,
     pub translated: translate::Counters,
 }
 
@@ -217,6 +219,7 @@ pub struct Cpu {
     pub stubs_full: bool,
     /// What uops with native handlers point at.
     pub kept_stubs: HashMap<usize, Box<Stub>>,
+    #[allow(clippy::vec_box, reason = "ops point at them")]
     pub kept_specials: Vec<Box<Special>>,
     /// Taken out while it works; `None` also where there is no translator.
     pub translator: Option<Box<Translator>>,

@@ -244,6 +244,8 @@ impl Vcpu for SoftVcpu {
             ("translated_slow_accesses", t.slow_accesses),
             ("translated_interpreted", t.interpreted),
             ("translation_microseconds", t.nanoseconds / 1000),
+            ("translated_microseconds", t.running / 1000),
+            ("running_microseconds", c.running / 1000),
             ("decoded_instructions", cpu.cache.decoded),
             ("code_cache_clears", cpu.cache.clears),
             ("invalidated_blocks", cpu.cache.invalidated),

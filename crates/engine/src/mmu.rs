@@ -467,7 +467,7 @@ impl Cpu {
                 };
         }
         match access {
-            Access::Fetch => !no_execute && !(user_page && self.cr4 & cr4::SMEP != 0),
+            Access::Fetch => !(no_execute || user_page && self.cr4 & cr4::SMEP != 0),
             _ if user_page && self.cr4 & cr4::SMAP != 0 && !ac => false,
             Access::Read => true,
             Access::Write => writable || self.cr0 & cr0::WP == 0,

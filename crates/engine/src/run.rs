@@ -1,6 +1,6 @@
 //! The run loop: from block to block, and everything that happens between them.
 
-use std::ptr;
+use std::{ptr, time::Instant};
 
 use vireo_cpu::Exit;
 
@@ -31,7 +31,12 @@ impl Cpu {
                     continue;
                 }
             }
-            if self.crash.is_some() || self.run_blocks() == Ctl::Crash {
+            let entered = self.translated.counts.then(Instant::now);
+            let crashed = self.crash.is_some() || self.run_blocks() == Ctl::Crash;
+            if let Some(entered) = entered {
+                self.counters.running += entered.elapsed().as_nanos() as u64;
+            }
+            if crashed {
                 let crash = self.crash.take().unwrap_or_else(|| vireo_cpu::CrashInfo {
                     vcpu: self.id,
                     reason: "unknown".to_owned(),
@@ -169,8 +174,12 @@ impl Cpu {
         self.prepare_translation();
         let enter = self.cache.code.thunks.enter;
         self.translated.running = true;
+        let entered = self.translated.counts.then(Instant::now);
         // SAFETY: the caller's word. GS was pointed at this `Cpu` when the thread entered the run loop.
         unsafe { translate::enter(enter, self, (*block).code) };
+        if let Some(entered) = entered {
+            self.counters.translated.running += entered.elapsed().as_nanos() as u64;
+        }
         self.translated.running = false;
         self.translated.clears = self.cache.clears;
         // Whatever left the code to the interpreter said in which block it was.

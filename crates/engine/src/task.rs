@@ -186,10 +186,11 @@ impl Cpu {
     }
 
     fn load_task_ldt(&mut self, selector: u16) -> Run {
-        self.load_ldt(selector).map_err(|stop| {
+        let loaded = self.load_ldt(selector);
+        if loaded.is_err() {
             self.fault.vector = vector::TS;
-            stop
-        })
+        }
+        loaded
     }
 
     fn load_task_code(&mut self, selector: u16) -> Run {

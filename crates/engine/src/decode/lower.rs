@@ -438,7 +438,7 @@ impl Lower<'_> {
     fn imul(&mut self) -> Option<Handler> {
         let n = operand_bytes(self.insn, 0);
         match self.insn.op_count() {
-            1 => return self.multiply::<true>(),
+            1 => self.multiply::<true>(),
             2 => {
                 self.op.dst = self.reg(0);
                 if self.is_reg(1) {

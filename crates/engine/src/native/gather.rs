@@ -194,7 +194,7 @@ impl MaskedBytes {
 
 fn element(register: &[u64; 4], i: usize, width: usize) -> u64 {
     let bit = i * width * 8;
-    let word = register[bit / 64 & 3] >> (bit % 64);
+    let word = register[(bit / 64) & 3] >> (bit % 64);
     if width == 8 { word } else { word & ((1 << (width * 8)) - 1) }
 }
 
@@ -206,7 +206,7 @@ fn signed_element(register: &[u64; 4], i: usize, width: usize) -> i64 {
 fn set_element(register: &mut [u64; 4], i: usize, width: usize, value: u64) {
     let bit = i * width * 8;
     let mask = if width == 8 { u64::MAX } else { (1 << (width * 8)) - 1 };
-    let word = &mut register[bit / 64 & 3];
+    let word = &mut register[(bit / 64) & 3];
     *word = *word & !(mask << (bit % 64)) | ((value & mask) << (bit % 64));
 }
 

@@ -101,24 +101,24 @@ impl Emitter {
         self.rel32(label);
     }
 
-    fn to_address(&mut self, target: u64) {
+    fn relative(&mut self, target: u64) {
         let next = self.address.wrapping_add(self.code.len() as u64 + 4);
         self.raw(&(target.wrapping_sub(next) as i32).to_le_bytes());
     }
 
     pub fn jmp_address(&mut self, target: u64) {
         self.raw(&[0xe9]);
-        self.to_address(target);
+        self.relative(target);
     }
 
     pub fn jcc_address(&mut self, cc: u8, target: u64) {
         self.raw(&[0x0f, 0x80 | cc]);
-        self.to_address(target);
+        self.relative(target);
     }
 
     pub fn call_address(&mut self, target: u64) {
         self.raw(&[0xe8]);
-        self.to_address(target);
+        self.relative(target);
     }
 
     fn rex(&mut self, wide: bool, reg: u8, index: u8, base: u8, byte: bool) {

@@ -174,4 +174,6 @@ pub struct Counters {
     pub interpreted: u64,
     pub links: u64,
     pub nanoseconds: u64,
+    /// Nanoseconds in translated code, where that is measured.
+    pub running: u64,
 }
