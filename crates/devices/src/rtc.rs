@@ -282,7 +282,7 @@ impl State {
     }
 
     fn encode_number(&self, value: u8) -> u8 {
-        if self.control() & B_BINARY != 0 { value } else { ((value / 10 % 10) << 4) | value % 10 }
+        if self.control() & B_BINARY != 0 { value } else { ((value / 10 % 10) << 4) | (value % 10) }
     }
 
     fn decode_number(&self, value: u8) -> u8 {
