@@ -59,10 +59,13 @@ pub(super) fn load(memory: &GuestMemory, input: &mut dyn Read) -> Result<LoadedE
     let loadable = || header.segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_bytes > 0);
     let mut end = 0;
     for segment in loadable() {
-        end = end.max(check_place(memory, segment)?);
+        end = end.max(check_place(segment)?);
     }
     if end == 0 {
         return Err(Fault::Unsupported("it has nothing to load".into()));
+    }
+    if end > memory.low_bytes() {
+        return Err(Fault::NeedsMemory(end));
     }
     let mut stream = Stream { position: head.len() as u64, head, input, buffer: vec![0; COPY_BYTES] };
     for segment in loadable() {
@@ -119,8 +122,8 @@ fn parse_segment(bytes: &[u8]) -> Option<Segment> {
     })
 }
 
-/// The end of the segment in memory, if it can be there.
-fn check_place(memory: &GuestMemory, segment: &Segment) -> Result<u64, Fault> {
+/// The end of the segment in memory, if RAM can be there.
+fn check_place(segment: &Segment) -> Result<u64, Fault> {
     let end = segment.phys.checked_add(segment.memory_bytes);
     let (Some(end), true) = (end, segment.file_bytes <= segment.memory_bytes) else {
         return Err(Fault::Corrupt("an ELF segment has an impossible size".into()));
@@ -131,12 +134,8 @@ fn check_place(memory: &GuestMemory, segment: &Segment) -> Result<u64, Fault> {
             segment.phys
         )));
     }
-    if end > memory.low_bytes() {
-        return Err(if end > crate::layout::LOW_RAM_LIMIT {
-            Fault::Unsupported(format!("it wants to be loaded up to {end:#x}, where no RAM can be"))
-        } else {
-            Fault::NeedsMemory(end)
-        });
+    if end > crate::layout::LOW_RAM_LIMIT {
+        return Err(Fault::Unsupported(format!("it wants to be loaded up to {end:#x}, where no RAM can be")));
     }
     Ok(end)
 }

@@ -42,9 +42,9 @@ pub enum BootError {
     #[error("{has} of guest memory is too small for the kernel {path}, which needs {needs}. Give at least --memory {}M", needs.0.div_ceil(1 << 20))]
     MemoryTooSmall { path: PathBuf, has: ByteSize, needs: ByteSize },
     #[error(
-        "the initrd {path} of {size} does not fit into guest memory beside the kernel: {room} are free there. Give more --memory"
+        "the initrd {path} of {size} does not fit into guest memory beside the kernel: {room} are free there. {advice}"
     )]
-    InitrdTooLarge { path: PathBuf, size: ByteSize, room: ByteSize },
+    InitrdTooLarge { path: PathBuf, size: ByteSize, room: ByteSize, advice: String },
     #[error("the kernel command line has {has} bytes, but this kernel takes at most {most}. Shorten --append")]
     CommandLineTooLong { has: usize, most: usize },
     #[error("the kernel command line contains a NUL byte. Remove it from --append")]

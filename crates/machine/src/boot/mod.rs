@@ -36,7 +36,7 @@ use self::{
     initrd::{InitrdFault, Room},
     zero_page::BootParams,
 };
-use crate::layout::{CMDLINE_MAX_BYTES, CMDLINE_START};
+use crate::layout::{CMDLINE_MAX_BYTES, CMDLINE_START, LOW_RAM_LIMIT};
 
 pub use self::{
     entry::Entry,
@@ -190,7 +190,13 @@ fn load_initrd(memory: &GuestMemory, path: &Path, room: Room, is_linux: bool) ->
     match initrd::load(memory, &mut file, room) {
         Ok(loaded) => Ok((loaded.start, loaded.bytes)),
         Err(InitrdFault::TooLarge) => {
-            Err(BootError::InitrdTooLarge { path: path.to_owned(), size, room: ByteSize(room.bytes()) })
+            let needs = room.start.saturating_add(size.0);
+            let advice = if needs > LOW_RAM_LIMIT {
+                "Make it smaller: an initrd lies below 3 GiB".to_owned()
+            } else {
+                format!("Give at least --memory {}M", needs.div_ceil(1 << 20))
+            };
+            Err(BootError::InitrdTooLarge { path: path.to_owned(), size, room: ByteSize(room.bytes()), advice })
         }
         Err(InitrdFault::Fault(fault)) => Err(fault.of(BootFile::Initrd, path, memory)),
     }

@@ -100,6 +100,9 @@ fn finds_the_pvh_note_inside_a_segment() {
 fn says_what_is_wrong() {
     let big = elf(0x10_0000, &[Part::load(0x10_0000, b"x", 16 << 20)]);
     assert!(matches!(load(&memory(), &mut &big[..]), Err(Fault::NeedsMemory(end)) if end == 0x10_0000 + (16 << 20)));
+    // Not what the first of them needs, but what all do.
+    let two = elf(0x10_0000, &[Part::load(0x10_0000, b"x", 16 << 20), Part::load(0x110_0000, b"x", 8 << 20)]);
+    assert!(matches!(load(&memory(), &mut &two[..]), Err(Fault::NeedsMemory(end)) if end == 0x10_0000 + (24 << 20)));
     let low = elf(0x1000, &[Part::load(0x1000, b"x", 1)]);
     assert!(matches!(load(&memory(), &mut &low[..]), Err(Fault::Unsupported(_))));
     let outside = elf(0x4000, &[Part::load(0x10_0000, b"x", 1)]);
