@@ -32,15 +32,18 @@ impl MemoryUse {
 
     /// Adds up the `Rss:` lines of `/proc/self/smaps`, those of mappings in `guest` by themselves. Guest RAM may have
     /// become one mapping with a neighbour (both anonymous); then the neighbour counts as guest RAM as far as the
-    /// guest's part of the mapping can hold it.
+    /// guest's part of the mapping can hold it. Of a shared mapping, the part counts that is this one's (`Pss:`): the
+    /// software engine's code is mapped twice, for writing and for execution.
     fn of_smaps(smaps: &str, guest: &[Range<u64>]) -> Self {
         let mut sum = Self::default();
-        let (mut mapping, mut inside) = (0, 0);
+        let (mut mapping, mut inside, mut counts) = (0, 0, "Rss:");
         for line in smaps.lines() {
             if let Some(range) = mapping_range(line) {
+                let shared = line.split_ascii_whitespace().nth(1).is_some_and(|access| access.ends_with('s'));
+                counts = if shared { "Pss:" } else { "Rss:" };
                 mapping = range.end - range.start;
                 inside = guest.iter().map(|g| overlap(g, &range)).sum();
-            } else if let Some(resident) = line.strip_prefix("Rss:").and_then(kibibytes) {
+            } else if let Some(resident) = line.strip_prefix(counts).and_then(kibibytes) {
                 let in_guest = if inside == mapping { resident } else { resident.min(inside) };
                 sum.guest += in_guest;
                 sum.outside_guest += resident - in_guest;
@@ -126,6 +129,12 @@ Pss:                 512 kB
 Rss:              100000 kB
 7f0020000000-7f0020300000 rw-p 00000000 00:00 0
 Rss:                3000 kB
+7f0080000000-7f0080100000 rw-s 00000000 00:01 9 /memfd:code (deleted)
+Rss:                 600 kB
+Pss:                 300 kB
+7f0090000000-7f0090100000 r-xs 00000000 00:01 9 /memfd:code (deleted)
+Rss:                 600 kB
+Pss:                 300 kB
 7ffc00000000-7ffc00100000 rw-p 00000000 00:00 0 [stack]
 Rss:                  88 kB
 ";
@@ -135,7 +144,7 @@ Rss:                  88 kB
         let guest = [0x7f00_0000_0000..0x7f00_1000_0000, 0x7f00_2010_0000..0x7f00_2030_0000];
         let used = MemoryUse::of_smaps(SMAPS, &guest);
         assert_eq!(used.guest, (100_000 + 2048) << 10);
-        assert_eq!(used.outside_guest, (512 + 952 + 88) << 10);
+        assert_eq!(used.outside_guest, (512 + 952 + 600 + 88) << 10);
     }
 
     #[test]
