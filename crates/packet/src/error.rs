@@ -5,7 +5,9 @@ use crate::user::Forward;
 /// Why a NIC backend could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    #[error("port {port} is busy: another program listens on {forward}; stop it or choose another host port")]
+    #[error(
+        "port {port} is busy: something listens on {forward} already, another program or another forward; stop it or choose another host port"
+    )]
     PortBusy { port: u16, forward: Forward, source: io::Error },
     #[error("port {port} needs privileges: {forward} is below 1024; choose a host port of 1024 or more")]
     PortPrivileged { port: u16, forward: Forward, source: io::Error },

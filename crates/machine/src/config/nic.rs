@@ -57,7 +57,13 @@ impl FromStr for NicConfig {
             match (option.split_once('=').unwrap_or((&option, "")), &mut nic.backend) {
                 (("mac", mac), _) => nic.mac = Some(mac.parse().map_err(|e| fail(format!("{e}")))?),
                 (("fwd", forward), NicBackend::User(user)) => {
-                    user.forwards.push(forward.parse::<Forward>().map_err(|e| fail(format!("{e}")))?);
+                    let forward = forward.parse::<Forward>().map_err(|e| fail(format!("{e}")))?;
+                    if forward.host_port == 0 {
+                        return Err(fail(
+                            "host port 0 would be one that nobody is told; give one from 1 to 65535".into(),
+                        ));
+                    }
+                    user.forwards.push(forward);
                 }
                 (("restrict", ""), NicBackend::User(user)) => user.restrict = true,
                 _ => return Err(fail(format!("the option '{option}' is not known here"))),

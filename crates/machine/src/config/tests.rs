@@ -59,6 +59,7 @@ fn networks_in_all_shapes() {
         ("tap=", "name of a tap"),
         ("tap=x,fwd=tcp:1:2", "fwd"),
         ("user,fwd=tcp:80", "guest port"),
+        ("user,fwd=tcp:0:80", "host port 0"),
         ("user,mac=1:2", "MAC"),
         ("none,mac=1", "'none'"),
     ] {
