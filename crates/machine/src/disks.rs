@@ -5,7 +5,10 @@ use std::{io, path::PathBuf, sync::Arc};
 use vireo_block::{Disk, DiskError, Format, OpenOptions, SECTOR_BYTES};
 use vireo_memory::GuestSlice;
 
+use self::watched::Watched;
 use crate::{config::DiskConfig, error::MachineError};
+
+mod watched;
 
 const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 
@@ -14,7 +17,7 @@ const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 pub struct OpenDisk {
     pub path: PathBuf,
     pub serial: Option<String>,
-    pub disk: Arc<dyn Disk>,
+    pub disk: Arc<Watched>,
 }
 
 pub fn open(configs: &[DiskConfig]) -> Result<Vec<OpenDisk>, MachineError> {
@@ -36,7 +39,13 @@ fn open_one(config: &DiskConfig) -> Result<OpenDisk, MachineError> {
         let overlay = vireo_block::Overlay::new(disk, folder);
         disk = Arc::new(overlay.map_err(|source| MachineError::Temporary { folder: folder.clone(), source })?);
     }
+    let disk = Arc::new(Watched::new(disk, config.ephemeral.as_deref().unwrap_or(&config.path)));
     Ok(OpenDisk { path: config.path.clone(), serial: config.serial.clone(), disk })
+}
+
+/// A sentence for each disk that failed the guest.
+pub fn failures(disks: &[OpenDisk]) -> Vec<String> {
+    disks.iter().filter_map(|open| open.disk.failure().map(str::to_owned)).collect()
 }
 
 /// All data of all disks is on stable storage after this.

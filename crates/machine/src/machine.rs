@@ -58,6 +58,8 @@ pub struct Report {
     /// Peaks, if [`MachineConfig::metrics`] is set.
     pub memory: Option<MemoryUse>,
     pub running_time: Duration,
+    /// A sentence for each disk whose host file failed the guest.
+    pub disk_failures: Vec<String>,
 }
 
 /// Stops a run from anywhere. Clones are the same control, and it stays good when the guest reboots.
@@ -108,7 +110,7 @@ pub fn run(config: &MachineConfig, control: &Control, mut built: impl FnMut(&Mac
         };
         if !again {
             disks::flush(&disks)?;
-            return Ok(merged);
+            return Ok(Report { disk_failures: disks::failures(&disks), ..merged });
         }
         total = Some(merged);
     }
@@ -211,6 +213,7 @@ impl Machine {
             boots: 1,
             memory,
             running_time,
+            disk_failures: Vec::new(),
         })
     }
 }

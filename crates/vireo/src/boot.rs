@@ -82,6 +82,7 @@ pub fn run(args: Args, started: Instant) -> Result<ExitCode, Failure> {
     let result = vireo_machine::run(&config, &control, |_| {});
     drop(terminal);
     let report = result.map_err(|e| Failure::new(e.exit_code(), e))?;
+    report.disk_failures.iter().for_each(|failure| eprintln!("vireo: {failure}"));
     let code = tell(&report.outcome, by_signal.load(Ordering::Relaxed));
     if let Some(file) = metrics {
         file.write(&report, &config, started, code)?;

@@ -260,7 +260,10 @@ impl Running {
 
     fn wait(self) -> Result<Report, Failure> {
         match self.thread.join() {
-            Ok(Ok(report)) => Ok(report),
+            Ok(Ok(report)) => {
+                report.disk_failures.iter().for_each(|failure| eprintln!("vireo: {failure}"));
+                Ok(report)
+            }
             Ok(Err(error)) => Err(Failure::new(error.exit_code(), error)),
             Err(_) => Err(host_failure("the machine's thread panicked; this is a bug in Vireo")),
         }
