@@ -4,7 +4,10 @@ mod host;
 
 use vireo_api::ExitCode;
 
-use crate::{exit::Failure, state::StateArgs};
+use crate::{
+    exit::{Failure, print},
+    state::StateArgs,
+};
 
 /// How a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +51,9 @@ pub fn run(state: &StateArgs) -> Result<ExitCode, Failure> {
             Level::Warn => "warn",
             Level::Fail => "fail",
         };
-        println!("{level}  {:<16} {}", finding.what, finding.found);
+        print(&format!("{level}  {:<16} {}", finding.what, finding.found))?;
         if let Some(remedy) = &finding.remedy {
-            println!("      {:<16} → {remedy}", "");
+            print(&format!("      {:<16} → {remedy}", ""))?;
         }
     }
     let failed = findings.iter().filter(|finding| finding.level == Level::Fail).count();

@@ -1,6 +1,11 @@
 //! How a command ends: one message on standard error at most, and a documented exit code.
 
-use std::{error::Error, fmt, process};
+use std::{
+    error::Error,
+    fmt,
+    io::{self, Write},
+    process,
+};
 
 use vireo_api::ExitCode;
 
@@ -38,6 +43,18 @@ impl fmt::Display for Failure {
 }
 
 impl Error for Failure {}
+
+/// Writes lines to standard output. A reader that has gone (`vireo image ls | head -1`) has read enough.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let error = anyhow::Error::new(error).context("cannot write to standard output");
+            Err(Failure::new(ExitCode::Failed, error))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Prints a failure and gives the process its exit code.
 pub fn report(result: Result<u8, Failure>) -> process::ExitCode {

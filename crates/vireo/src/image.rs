@@ -9,7 +9,11 @@ use vireo_api::{ByteSize, ExitCode};
 use vireo_image::{BuildError, BuildOptions, Image, ImageStore, Listed, StoreError};
 
 pub use self::progress::Bar;
-use crate::{agent, exit::Failure, state::StateArgs};
+use crate::{
+    agent,
+    exit::{Failure, print},
+    state::StateArgs,
+};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -63,14 +67,14 @@ pub fn run(command: Command, state: &StateArgs) -> Result<ExitCode, Failure> {
     match command {
         Command::Build(args) => {
             let image = build(&store, args)?;
-            println!("{}", image.name);
+            print(&image.name)?;
         }
         Command::Ls { quiet } => list(&store, quiet)?,
         Command::Inspect { name } => {
             let image = find(&store, &name)?;
             let text = serde_json::to_string_pretty(&image.record)
                 .map_err(|e| Failure::new(ExitCode::Failed, anyhow!(e).context("cannot show the image")))?;
-            println!("{text}");
+            print(&text)?;
         }
         Command::Rm { names } => {
             for name in names {
@@ -78,10 +82,10 @@ pub fn run(command: Command, state: &StateArgs) -> Result<ExitCode, Failure> {
                     Ok(image) => image.name,
                     // Removing is the remedy.
                     Err(StoreError::Damaged { name, .. }) => name,
-                    Err(error) => return Err(Failure::new(ExitCode::Failed, error)),
+                    Err(error) => return Err(unusable(error)),
                 };
                 store.remove(&name).map_err(|e| Failure::new(ExitCode::Failed, e))?;
-                println!("{name}");
+                print(&name)?;
             }
         }
     }
@@ -89,7 +93,20 @@ pub fn run(command: Command, state: &StateArgs) -> Result<ExitCode, Failure> {
 }
 
 fn find(store: &ImageStore, name: &str) -> Result<Image, Failure> {
-    store.find(name).map_err(|e| Failure::new(ExitCode::Failed, e))
+    store.find(name).map_err(unusable)
+}
+
+/// An image that cannot be had.
+fn unusable(error: StoreError) -> Failure {
+    Failure::new(code_of_store(&error), error)
+}
+
+fn code_of_store(error: &StoreError) -> ExitCode {
+    match error {
+        StoreError::Name(_) => ExitCode::Usage,
+        StoreError::Damaged { .. } => ExitCode::BadInput,
+        StoreError::NotFound { .. } | StoreError::Io { .. } => ExitCode::Failed,
+    }
 }
 
 /// The release of `debian` or `debian:RELEASE`.
@@ -133,6 +150,7 @@ fn build_with(store: &ImageStore, options: &BuildOptions) -> Result<Image, Failu
 fn code_of(error: &BuildError) -> ExitCode {
     match error {
         BuildError::UnknownSuite(..) | BuildError::Hostname(_) | BuildError::Password => ExitCode::Usage,
+        BuildError::Store(error) => code_of_store(error),
         _ => ExitCode::Failed,
     }
 }
@@ -158,28 +176,28 @@ pub fn find_or_build(store: &ImageStore, reference: &str) -> Result<Image, Failu
             eprintln!("vireo: there is no image '{reference}' yet: building it, once");
             build_with(store, &BuildOptions { suite: release.map(str::to_owned), ..with_agent() })
         }
-        (other, _) => Err(Failure::new(ExitCode::Failed, other)),
+        (other, _) => Err(unusable(other)),
     }
 }
 
 fn list(store: &ImageStore, quiet: bool) -> Result<(), Failure> {
     let images = store.list().map_err(|e| Failure::new(ExitCode::Failed, e))?;
     if quiet {
-        images.iter().for_each(|listed| println!("{}", listed.name));
-        return Ok(());
+        return images.iter().try_for_each(|listed| print(&listed.name));
     }
-    println!("{:<24} {:<18} {:<24} {:>10}  CREATED", "NAME", "RELEASE", "KERNEL", "ON DISK");
+    print(&format!("{:<24} {:<18} {:<28} {:>10}  CREATED", "NAME", "RELEASE", "KERNEL", "ON DISK"))?;
     for Listed { name, image } in images {
-        match image {
-            Ok(image) => println!(
-                "{name:<24} {:<18} {:<24} {:>10}  {}",
+        print(&match image {
+            Ok(image) => format!(
+                "{name:<24} {:<18} {:<28} {:>10}  {}",
                 format!("{} {}", image.record.distribution, image.record.suite),
                 image.record.kernel_version,
                 ByteSize(image.disk_usage_bytes()).to_string(),
                 age(image.record.created),
             ),
-            Err(error) => println!("{name:<24} damaged: {error}"),
-        }
+            Err(StoreError::Damaged { why, .. }) => format!("{name:<24} damaged: {why}"),
+            Err(error) => format!("{name:<24} {error}"),
+        })?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::TypedValueParser;
 use vireo_api::ExitCode;
 use vireo_image::{ImageStore, StateDir};
 
@@ -10,15 +11,18 @@ use crate::exit::Failure;
 #[derive(clap::Args)]
 pub struct StateArgs {
     /// Folder for images and caches [default: /var/lib/vireo for root, else ~/.local/share/vireo]
-    #[arg(long = "state", value_name = "DIR", env = "VIREO_STATE", global = true, display_order = 900)]
+    #[arg(long = "state", value_name = "DIR", env = "VIREO_STATE", value_parser = clap::builder::OsStringValueParser::new().map(PathBuf::from), global = true, display_order = 900)]
     state: Option<PathBuf>,
 }
 
 impl StateArgs {
     pub fn dir(&self) -> StateDir {
         match &self.state {
-            Some(path) => StateDir::new(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
-            None => StateDir::default_for_user(),
+            Some(path) if !path.as_os_str().is_empty() => {
+                StateDir::new(std::path::absolute(path).unwrap_or_else(|_| path.clone()))
+            }
+            // An empty variable counts as none.
+            _ => StateDir::default_for_user(),
         }
     }
 

@@ -29,6 +29,8 @@ impl Bar {
             }
         })?;
         let bar = if on_terminal { ProgressBar::no_length() } else { ProgressBar::hidden() };
+        // Nothing is drawn in the library's own style before the first step has one.
+        bar.set_style(Self::style("{msg}"));
         Ok(Self { bar, on_terminal, cancelled })
     }
 

@@ -54,13 +54,13 @@ fn an_image_that_is_not_there_is_named() {
     let state = folder.path().to_str().unwrap();
     for (arguments, code, words) in [
         (&["run", "windows", "--", "true"][..], 1, &["no image 'windows'"][..]),
-        (&["run", "../../etc", "--", "true"], 1, &["'../../etc' is no name"]),
-        (&["run", ""], 1, &["no name for an image"]),
+        (&["run", "../../etc", "--", "true"], 2, &["'../../etc' is no name"]),
+        (&["run", ""], 2, &["no name for an image"]),
         (&["image", "inspect", "windows"], 1, &["no image 'windows'"]),
         (&["image", "rm", "windows"], 1, &["no image 'windows'"]),
         (&["image", "build", "windows"], 2, &["'windows'", "debian:bookworm"]),
         (&["image", "build", "debian:potato"], 2, &["'potato'", "trixie, bookworm"]),
-        (&["image", "build", "debian", "--name", "No/Good"], 1, &["'No/Good'"]),
+        (&["image", "build", "debian", "--name", "No/Good"], 2, &["'No/Good'"]),
         (&["image", "build", "debian", "--size", "1M"], 1, &["--size"]),
         (&["image", "rm"], 2, &["IMAGE"]),
         (&["fly"], 2, &["fly"]),
@@ -80,9 +80,9 @@ fn a_damaged_image_says_so() {
     let kernel = state.file("kernel");
     fs::remove_file(&kernel).unwrap();
     let words = ["damaged", "'kernel'", "vireo image rm debian-bookworm"];
-    state.run(&[], &["true"], b"").assert_says(1, &words);
+    state.run(&[], &["true"], b"").assert_says(3, &words);
     fs::write(&kernel, b"short").unwrap();
-    state.run(&[], &["true"], b"").assert_says(1, &["damaged", "5 bytes"]);
+    state.run(&[], &["true"], b"").assert_says(3, &["damaged", "5 bytes"]);
     let listed = run(&["--state", state.path().to_str().unwrap(), "image", "ls"]);
     assert_eq!(listed.code, Some(0));
     assert!(listed.text().contains("debian-bookworm") && listed.text().contains("damaged"), "{}", listed.text());
