@@ -83,6 +83,9 @@ pub fn run(args: Args, started: Instant) -> Result<ExitCode, Failure> {
     drop(terminal);
     let report = result.map_err(|e| Failure::new(e.exit_code(), e))?;
     report.disk_failures.iter().for_each(|failure| eprintln!("vireo: {failure}"));
+    if let Some(why) = config.serial.as_ref().and_then(|serial| serial.failure()) {
+        eprintln!("vireo: some of what the guest wrote to its serial port is lost: {why}");
+    }
     let code = tell(&report.outcome, by_signal.load(Ordering::Relaxed));
     if let Some(file) = metrics {
         file.write(&report, &config, started, code)?;
