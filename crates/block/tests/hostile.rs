@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::{as_format, have_qemu, qemu_img, str};
+use model::{as_format, cases, have_qemu, qemu_img, str};
 use proptest::prelude::*;
 use vireo_block::{Disk, Format, check, create_qcow2, open};
 
@@ -145,7 +145,7 @@ fn damage() -> impl Strategy<Value = (usize, Damage)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(150))]
 
     #[test]
     fn damaged_images_do_no_harm(damages in prop::collection::vec(damage(), 1..6), at in any::<u64>(), cut in any::<usize>()) {

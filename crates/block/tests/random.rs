@@ -4,7 +4,7 @@ mod model;
 
 use std::{path::Path, sync::Arc};
 
-use model::{Action, RO, RW, apply, as_format, assert_disk, have_qemu, open_rw, pattern, qemu_img, str};
+use model::{Action, RO, RW, apply, as_format, assert_disk, cases, have_qemu, open_rw, pattern, qemu_img, str};
 use proptest::prelude::*;
 use vireo_block::{Disk, Format, Overlay, check, create_qcow2, open};
 
@@ -49,7 +49,7 @@ fn sound(path: &Path) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(40))]
 
     #[test]
     fn raw(actions in actions(3 * MIB)) {
@@ -99,7 +99,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 6, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(6))]
 
     /// Images of QEMU's making, in all variants; afterwards QEMU must find them sound and of the same contents.
     #[test]

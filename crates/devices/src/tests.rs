@@ -164,8 +164,15 @@ impl Chipset {
     }
 }
 
+/// `usual` cases, and as many times more as `PROPTEST_CASES` asks for (its own default is 256).
+pub(crate) fn cases(usual: u32) -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let cases = (u64::from(usual) * u64::from(default.cases) / 256).clamp(1, u64::from(u32::MAX)) as u32;
+    ProptestConfig { cases, failure_persistence: None, ..default }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn no_access_hurts(accesses in prop::collection::vec(access(), 0..300)) {

@@ -3,6 +3,7 @@
 
 use std::{path::Path, process::Command, sync::Arc};
 
+use proptest::test_runner::Config as ProptestConfig;
 use vireo_block::{Disk, DiskError, Format, OpenOptions, open};
 use vireo_memory::GuestSlice;
 
@@ -11,6 +12,13 @@ pub const RO: OpenOptions = OpenOptions { format: None, read_only: true };
 
 pub fn as_format(format: Format, read_only: bool) -> OpenOptions {
     OpenOptions { format: Some(format), read_only }
+}
+
+/// `usual` cases, and as many times more as `PROPTEST_CASES` asks for (its own default is 256).
+pub fn cases(usual: u32) -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let cases = (u64::from(usual) * u64::from(default.cases) / 256).clamp(1, u64::from(u32::MAX)) as u32;
+    ProptestConfig { cases, failure_persistence: None, ..default }
 }
 
 pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Result<Vec<u8>, DiskError> {

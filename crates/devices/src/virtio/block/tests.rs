@@ -450,7 +450,7 @@ fn hostile_piece() -> impl Strategy<Value = (u64, u32, bool)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(crate::tests::cases(64))]
 
     /// Well-formed chains with any header: always answered, never out of bounds (the disk asserts that).
     #[test]

@@ -223,7 +223,7 @@ fn bad_state_is_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::tests::cases(48))]
     #[test]
     fn garbage_descriptors_do_no_harm(
         raw in prop::collection::vec(any::<[u8; 16]>(), 16),

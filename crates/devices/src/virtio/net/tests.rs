@@ -321,7 +321,7 @@ fn threads_stop_at_once_and_state_comes_back() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::tests::cases(48))]
     #[test]
     fn garbage_does_no_harm(
         raw in prop::collection::vec(any::<[u8; 16]>(), 16),

@@ -47,7 +47,7 @@ fn saves_and_restores() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(crate::tests::cases(64))]
     #[test]
     fn garbage_descriptors_do_no_harm(
         raw in prop::collection::vec(any::<[u8; 16]>(), 16),

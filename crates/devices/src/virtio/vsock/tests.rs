@@ -654,7 +654,7 @@ fn hostile_header() -> impl Strategy<Value = (Header, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::tests::cases(48))]
 
     /// Any sequence of packets, with host code that reads, writes and hangs up: the device goes on working.
     #[test]
