@@ -86,6 +86,8 @@ pub struct BlockCache {
     /// How often the code of a page was dropped.
     changes: Map<u32>,
     pub code: CodeBuffer,
+    /// Entries of translations that were cut, by the address of their code: jumps may still lead there.
+    cut: Map<u32>,
     pub promote: u32,
     pub decoded: u64,
     pub invalidated: u64,
@@ -111,6 +113,7 @@ impl BlockCache {
             by_page: Map::default(),
             changes: Map::default(),
             code: CodeBuffer::new(count)?,
+            cut: Map::default(),
             promote: PROMOTE,
             decoded: 0,
             invalidated: 0,
@@ -139,6 +142,7 @@ impl BlockCache {
         self.by_address.clear();
         self.by_page.clear();
         self.code.clear();
+        self.cut.clear();
         self.clears += 1;
     }
 
@@ -186,6 +190,13 @@ impl BlockCache {
         block
     }
 
+    /// A block was translated: what led to an earlier translation of the same code leads to the new one.
+    pub fn translated(&mut self, block: &Block) {
+        if let Some(old) = self.cut.remove(&key(block.gpa, block.mode)) {
+            self.code.cut(old as usize, block.entry as usize);
+        }
+    }
+
     /// Ends all blocks of the page: whoever still runs or links to one comes to `abort` at its next instruction.
     pub fn invalidate_page(&mut self, gpa: u64, abort: crate::uop::Handler) {
         let Some(blocks) = self.by_page.remove(&(gpa >> 12)) else { return };
@@ -201,6 +212,7 @@ impl BlockCache {
                 self.by_address.remove(&key((*block).gpa, (*block).mode));
                 if (*block).entry != 0 {
                     self.code.cut((*block).entry as usize, (*block).dead as usize);
+                    self.cut.insert(key((*block).gpa, (*block).mode), (*block).entry);
                     (*block).entry = 0;
                     (*block).code = self.code.thunks.leave_block as *const u8;
                 }

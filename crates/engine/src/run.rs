@@ -95,8 +95,10 @@ impl Cpu {
             self.transferred = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
-            if self.translated.left == Left::Link {
-                self.link_translation(block);
+            match self.translated.left {
+                Left::Link => self.link_translation(block),
+                Left::Cross => self.link_across(block),
+                _ => {}
             }
             let ctl = if !single && !self.translated.interpret && self.is_translated(block) {
                 // SAFETY: a translation of a block that is alive.
@@ -188,7 +190,7 @@ impl Cpu {
         self.block = ptr::null();
         self.link = ptr::null_mut();
         match self.translated.left {
-            Left::Next | Left::Link => self.next = ptr::null(),
+            Left::Next | Left::Link | Left::Cross => self.next = ptr::null(),
             Left::Block => {
                 // SAFETY: the block that translated code came to is alive.
                 let next = unsafe { &*self.next };
@@ -270,6 +272,20 @@ impl Cpu {
         if entry != 0 && page == self.translated.target && self.translated.clears == self.cache.clears {
             self.counters.translated.links += 1;
             self.cache.code.patch(self.translated.site as usize, entry as usize);
+        }
+    }
+
+    /// The same for a jump to another page: it may lead there while translations of code stay what they are.
+    fn link_across(&mut self, block: *const Block) {
+        self.translated.left = Left::Next;
+        self.translated.patience = translate::PATIENCE;
+        // SAFETY: the block is alive, and `code` points at a set of our own TLB.
+        let (entry, generation) = unsafe { ((*block).entry, (*self.code).generation) };
+        let same = self.translated.generation == generation && self.translated.clears == self.cache.clears;
+        if entry != 0 && same {
+            self.counters.translated.links += 1;
+            let (data, page) = (self.translated.site as usize, self.translated.page);
+            self.cache.code.patch_cross(data, generation, page, entry as usize);
         }
     }
 

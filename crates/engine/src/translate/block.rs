@@ -110,6 +110,14 @@ pub(super) enum Outline {
         to: i32,
         site: usize,
     },
+    /// A jump to another page that is not patched for what is now.
+    Across {
+        data: Label,
+        page: Label,
+        missed: Label,
+        to: i32,
+        site: usize,
+    },
     /// A request is pending.
     Called {
         from: Label,
@@ -284,6 +292,7 @@ impl Cpu {
             (*block).entry = at as u32;
             (*block).dead = (at + dead) as u32;
             (*block).code = self.cache.code.address(at);
+            self.cache.translated(&*block);
         }
         let c = &mut self.counters.translated;
         c.blocks += 1;
@@ -837,15 +846,15 @@ impl Work<'_> {
         debug_assert!(self.flags.memory);
         self.whole_entry();
         if !(0..0x1000).contains(&to) {
-            self.e().load(T0, PAGE);
-            match i32::try_from(to) {
-                Ok(to) => self.e().lea(T0, Mem::Base(T0, to)),
+            return match i32::try_from(to) {
+                Ok(to) => self.go_across(to, i64::from(to) <= here),
                 Err(_) => {
+                    self.e().load(T0, PAGE);
                     self.e().constant(T1, to as u64);
                     self.e().rr(true, &[0x01], T1, T0);
+                    self.jump_to(to <= here, None)
                 }
-            }
-            return self.jump_to(to <= here, None);
+            };
         }
         if to <= here {
             self.poll(to as i32);
@@ -854,6 +863,27 @@ impl Work<'_> {
         self.e().jmp(from);
         let site = self.at + self.e().here() - 4;
         self.t.outlines.push(Outline::Link { from, to: to as i32, site });
+    }
+
+    /// To another page: directly, while it is known that this page and translations of code are what they were when the
+    /// jump was patched; else through the table.
+    fn go_across(&mut self, to: i32, poll: bool) {
+        if poll {
+            self.poll(to);
+        }
+        let (data, page, missed) = (self.e().label(), self.e().label(), self.e().label());
+        let e = &mut self.t.emitter;
+        e.load(T0, PAGE);
+        e.load(T1, state(std::mem::offset_of!(super::State, generation)));
+        e.cmp_data(T1, data);
+        e.jcc(cc::NE, missed);
+        e.cmp_data(T0, page);
+        e.jcc(cc::NE, missed);
+        e.group1(true, 0, T0, to & !0xfff);
+        e.store(T0, PAGE);
+        e.jmp(missed);
+        let site = self.at + self.e().here() - 4;
+        self.t.outlines.push(Outline::Across { data, page, missed, to, site });
     }
 
     /// The first five bytes of a translation are one day a jump out of it: none of its own jumps is among them.
@@ -1077,7 +1107,7 @@ impl Work<'_> {
     fn outlines(&mut self) {
         // SAFETY: the block is alive.
         let page = unsafe { (*self.block).gpa } & !PAGE_MASK;
-        for outline in std::mem::take(&mut self.t.outlines) {
+        while let Some(outline) = self.t.outlines.pop() {
             let thunks = self.thunks;
             let e = &mut self.t.emitter;
             match outline {
@@ -1151,6 +1181,27 @@ impl Work<'_> {
                     e.constant(T0, to as u64);
                     e.constant(T1, site as u64);
                     e.jmp_address(thunks.leave_link);
+                }
+                Outline::Across { data, page, missed, to, site } => {
+                    // No generation is 0.
+                    let at = self.at + e.here();
+                    e.bind(data);
+                    e.raw(&[0; 8]);
+                    e.bind(page);
+                    e.raw(&[0; 8]);
+                    e.raw(&(site as u64).to_le_bytes());
+                    e.bind(missed);
+                    e.load(T0, PAGE);
+                    e.lea(T0, Mem::Base(T0, to));
+                    // After a while one of those that miss leaves to be patched.
+                    let look_up = e.label();
+                    e.group1_mem(false, 5, state(std::mem::offset_of!(super::State, patience)), 1);
+                    e.jcc(cc::NS, look_up);
+                    e.constant(T1, at as u64);
+                    e.jmp_address(thunks.leave_cross);
+                    e.bind(look_up);
+                    self.flags_set(Flags::IN_MEMORY, None);
+                    self.jump_to(false, None);
                 }
                 Outline::Called { from, to, make } => {
                     e.bind(from);

@@ -72,6 +72,20 @@ impl CodeBuffer {
         unsafe { self.memory.writable().add(site).cast::<i32>().write_unaligned(rel) };
     }
 
+    /// Has a jump to another page lead to `target` as long as translations of code are of `generation` and it is done in
+    /// the page at `page`. `data` is where it keeps these two, and the place of its displacement.
+    pub fn patch_cross(&mut self, data: usize, generation: u64, page: u64, target: usize) {
+        debug_assert!(data + 24 <= self.used);
+        // SAFETY: inside the writable view; as for `patch`.
+        let site = unsafe {
+            let words = self.memory.writable().add(data).cast::<u64>();
+            words.write_unaligned(generation);
+            words.add(1).write_unaligned(page);
+            words.add(2).read_unaligned()
+        };
+        self.patch(site as usize, target);
+    }
+
     /// Puts a jump to `target` at `at`.
     pub fn cut(&mut self, at: usize, target: usize) {
         // SAFETY: as above; every translation begins with five bytes that nothing leads into the middle of.

@@ -15,6 +15,7 @@ pub mod cc {
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
     pub const A: u8 = 7;
+    pub const NS: u8 = 9;
 }
 
 /// A memory operand.
@@ -99,6 +100,13 @@ impl Emitter {
     pub fn jcc(&mut self, cc: u8, label: Label) {
         self.raw(&[0x0f, 0x80 | cc]);
         self.rel32(label);
+    }
+
+    /// CMP of a register with eight bytes of data in the code.
+    pub fn cmp_data(&mut self, reg: u8, data: Label) {
+        self.rex(true, reg, 0, 0, false);
+        self.raw(&[0x3b, (reg & 7) << 3 | 5]);
+        self.rel32(data);
     }
 
     fn relative(&mut self, target: u64) {

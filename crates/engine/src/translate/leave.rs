@@ -280,6 +280,7 @@ impl Default for State {
             span_from: 0,
             span_bytes: 0,
             news: 0,
+            patience: super::PATIENCE,
             site: 0,
             vectors: 0,
             tsc_offset: 0,

@@ -59,6 +59,9 @@ pub const STACK: u8 = 13;
 /// Runs of a block before it is translated.
 pub const PROMOTE: u32 = 24;
 
+/// Jumps to other pages that are looked up before one is patched.
+pub const PATIENCE: i32 = 16;
+
 /// Bits of [`State::vectors`].
 pub mod vectors {
     /// SSE instructions may run.
@@ -75,6 +78,8 @@ pub enum Left {
     Next,
     /// To go on at `Cpu::rip`; the jump at [`State::site`] may be patched.
     Link,
+    /// To go on at `Cpu::rip`; the jump to another page whose data are at [`State::site`] may be patched.
+    Cross,
     /// To go on with the block in `Cpu::next`, at its place in [`State::page`].
     Block,
     /// The instruction at `Cpu::rip` is one for the interpreter.
@@ -106,6 +111,8 @@ pub struct State {
     pub span_bytes: u32,
     /// How often news of code were worked off: what is known of pages in the middle of a block is void then.
     pub news: u32,
+    /// Jumps to other pages that may miss before one leaves to be patched.
+    pub patience: i32,
     /// Where in the code buffer a jump waits to be patched.
     pub site: u64,
     /// See [`vectors`]; 0 while the guest's vectors are in memory.

@@ -32,6 +32,8 @@ pub struct Thunks {
     pub leave_at: u64,
     /// Jump: the same; R15 is the jump that may be patched.
     pub leave_link: u64,
+    /// Jump: leave for the address in RAX; R15 is where the jump's data are, to be patched.
+    pub leave_cross: u64,
     /// Jump: leave for the address in RAX.
     pub leave_to: u64,
     /// Jump: leave for the untranslated block in R15.
@@ -175,6 +177,11 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.e.store(T0, RIP);
     m.e.store(T1, state(offset_of!(State, site)));
     m.leave(Left::Link);
+
+    thunks.leave_cross = m.entry();
+    m.e.store(T0, RIP);
+    m.e.store(T1, state(offset_of!(State, site)));
+    m.leave(Left::Cross);
 
     thunks.leave_to = m.entry();
     m.e.store(T0, RIP);
