@@ -202,19 +202,6 @@ fn features_that_are_not_supported_are_named() {
     says(&refusal(&at("external"), RO), &["external data file", "qemu-img convert"]);
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", str(&at("extended")), "1M"]);
     says(&refusal(&at("extended"), RO), &["extended L2"]);
-    qemu_img(&[
-        "create",
-        "-q",
-        "--object",
-        "secret,id=s,data=x",
-        "-f",
-        "qcow2",
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-        str(&at("luks")),
-        "1M",
-    ]);
-    says(&refusal(&at("luks"), RO), &["LUKS encryption"]);
     qemu_img(&["create", "-q", "-u", "-f", "qcow2", "-b", "nbd://host/x", "-F", "raw", str(&at("nbd")), "1M"]);
     says(&refusal(&at("nbd"), RO), &["nbd://host/x"]);
     qemu_img(&["create", "-q", "-u", "-f", "qcow2", "-b", "x.vmdk", "-F", "vmdk", str(&at("vmdk")), "1M"]);
@@ -231,6 +218,8 @@ fn features_that_are_not_supported_are_named() {
     says(&refusal(&change("future", 72, &[0x80]), RO), &["0x8000000000000000"]);
     says(&refusal(&change("v4", 7, &[4]), RO), &["version 4"]);
     says(&refusal(&change("aes", 35, &[1]), RO), &["encryption"]);
+    // by hand, since qemu-img measures the host's speed for one and fails where the host is busy
+    says(&refusal(&change("luks", 35, &[2]), RO), &["LUKS encryption"]);
     let corrupt = change("corrupt", 79, &[2]);
     says(&refusal(&corrupt, RW), &["corrupt", "qemu-img check"]);
     open(&corrupt, RO).unwrap();
