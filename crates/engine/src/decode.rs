@@ -73,22 +73,36 @@ impl Cpu {
             return self
                 .unsupported(&format!("to run code outside RAM (at guest-physical address {start:#x}, rip {at:#x})"));
         };
-        // Watched before it is read: a change from here on is told.
-        self.watch_code(gpa, page);
-        let mut bytes = [0u8; 4096];
-        let in_page = 0x1000 - (linear & PAGE_MASK) as usize;
-        // SAFETY: the rest of one page of guest RAM.
-        unsafe {
-            std::ptr::copy_nonoverlapping(page.add((linear & PAGE_MASK) as usize), bytes.as_mut_ptr(), in_page);
+        match self.try_decode(linear, start, page, false)? {
+            Some(block) => Ok(block),
+            // It is being written this very moment.
+            None => Ok(self.try_decode(linear, start, page, true)?.unwrap_or_else(|| unreachable!("watched before"))),
         }
+    }
+
+    /// Decodes the block at `linear`, which is at `start` in the page at `page`. What is watched is what was decoded,
+    /// and `None` says that it changed until then; or, `ahead`, all that might be.
+    fn try_decode(&mut self, linear: u64, start: u64, page: *mut u8, ahead: bool) -> Run<Option<*const Block>> {
+        let in_page = 0x1000 - (linear & PAGE_MASK) as usize;
+        // SAFETY: the offset stays in the page.
+        let from = unsafe { page.add((linear & PAGE_MASK) as usize) };
+        if ahead {
+            self.watch_code(start, in_page, page);
+        }
+        let mut bytes = [0u8; 4096];
+        // SAFETY: the rest of one page of guest RAM.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), in_page) };
         let most = if self.mode & mode::SINGLE != 0 { 1 } else { MAX_BLOCK };
         let mut ops: Vec<Uop> = std::mem::take(&mut self.scratch_ops);
         ops.clear();
         let mut count = 0;
         let mut second_page = None;
+        // An instruction that crosses pages, and where its second page is on the host.
+        let mut crossing = None;
         let mut decoder = Decoder::with_ip(bitness(self.mode), &bytes[..in_page], 0, DecoderOptions::NONE);
         let mut insn = Instruction::default();
         let mut length = 0;
+        let mut looked_at = 0;
         let mut fusable = Fusable::No;
         let mut ended = false;
         loop {
@@ -113,17 +127,21 @@ impl Cpu {
                     self.scratch_ops = ops;
                     return self.unsupported("to run code outside RAM");
                 };
-                self.watch_code(next, host);
+                if ahead {
+                    self.watch_code(next, MAX_LENGTH - here, host);
+                }
                 // SAFETY: the start of a page of guest RAM.
                 unsafe {
                     std::ptr::copy_nonoverlapping(host, whole.as_mut_ptr().add(here), MAX_LENGTH - here);
                 }
                 second_page = Some(next);
-                let mut crossing = Decoder::with_ip(bitness(self.mode), &whole, 0, DecoderOptions::NONE);
-                crossing.decode_out(&mut insn);
+                Decoder::with_ip(bitness(self.mode), &whole, 0, DecoderOptions::NONE).decode_out(&mut insn);
+                crossing = Some((whole, host));
             }
             let lowered = self.lower(&insn, length as u16);
             count += 1;
+            // That it is none may be told from any byte that an instruction has.
+            looked_at = length + if insn.is_invalid() { MAX_LENGTH } else { insn.len() };
             length += insn.len();
             if !(lowered.ends && fuse(&mut ops, fusable, &lowered.op)) {
                 ops.push(lowered.op);
@@ -138,11 +156,43 @@ impl Cpu {
         if !ended {
             ops.push(Uop { handler: flow::end, off: length as u16, ..BLANK });
         }
+        let here = looked_at.min(in_page);
+        let mut unchanged = true;
+        if !ahead {
+            self.watch_code(start, here, page);
+            // SAFETY: bytes of the page.
+            unchanged = unsafe { is_same(from, &bytes[..here]) };
+        }
+        if let (Some((whole, host)), Some(next), false) = (crossing, second_page, ahead)
+            && looked_at > in_page
+        {
+            let there = &whole[in_page..looked_at.min(MAX_LENGTH)];
+            self.watch_code(next, there.len(), host);
+            // SAFETY: the start of another page.
+            unchanged &= unsafe { is_same(host, there) };
+        }
+        if !unchanged {
+            self.scratch_ops = ops;
+            return Ok(None);
+        }
         let shape = Shape { mode: self.mode, second_page, count: count as u32, abortable };
         let block = self.cache.insert(start, shape, &ops);
         self.scratch_ops = ops;
-        Ok(block)
+        Ok(Some(block))
     }
+}
+
+/// Whether guest RAM still has these bytes.
+///
+/// # Safety
+/// As many bytes are there.
+unsafe fn is_same(at: *const u8, bytes: &[u8]) -> bool {
+    bytes.chunks(64).enumerate().all(|(i, piece)| {
+        let mut now = [0u8; 64];
+        // SAFETY: the caller's word.
+        unsafe { std::ptr::copy_nonoverlapping(at.add(i * 64), now.as_mut_ptr(), piece.len()) };
+        now[..piece.len()] == *piece
+    })
 }
 
 /// Makes one op of a comparison and the conditional jump behind it.

@@ -1,4 +1,26 @@
 //! What all vCPUs of a machine share.
+//!
+//! # How changes of code are noticed
+//!
+//! Each page of guest RAM has one atomic word in [`vireo_memory::GuestMemory`] that says which 64-byte chunks of it may
+//! have been decoded, by any vCPU; a page where it is not 0 is *watched*. Nobody locks it:
+//!
+//! - Who decodes sets the bits of the bytes that it decodes, fences, and then reads these bytes (or reads them again,
+//!   and decodes again if they are not what they were). The block is inserted afterwards, and letters are read later
+//!   still, on the same thread.
+//! - Who writes (a vCPU without a quick TLB entry, or a device) writes, fences, and then looks at the word. If the
+//!   bits of what was written are clear, nothing more happens: the fences order the two sides, so that who decodes
+//!   these bytes at the same time sets its bits before that look or reads what was written. If one is set, the word is
+//!   cleared, then the writer drops its own blocks of the page, and posts [`Letter::Changed`] to the others.
+//! - A bit is only cleared together with the blocks that it stands for: who set one before it was cleared reads
+//!   the letter, which is posted after that, once its block is inserted, and drops it. Who sets one later fences
+//!   later, too, and so reads what was written. That a page which others have blocks in is no longer watched in
+//!   between, or is watched without blocks, does no harm: the former are dropped before their vCPU goes on from an
+//!   instruction that serializes, and the latter costs the next write to those chunks a letter for nothing.
+//! - Quick TLB entries for writes look at no word. Who finds that the word was 0 posts [`Letter::Watched`], and who
+//!   reads that and finds such an entry of the page, by which it may have written since, drops it and posts
+//!   [`Letter::Changed`]. Such entries are only made where the word is 0, and only replaced or flushed after the letters
+//!   that there are have been read.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -89,8 +111,6 @@ pub struct DeviceWrites {
 impl PageWatch for DeviceWrites {
     fn page_written(&self, gpa: u64, _len: u64) {
         let page = gpa & !crate::tlb::PAGE_MASK;
-        // Decoding watches a page before it reads it, so what was decoded before this is dropped and what is
-        // decoded from now on is new.
         if let Some(memory) = self.memory.upgrade() {
             memory.unwatch_page(page);
         }

@@ -42,6 +42,14 @@ mod pte {
     pub const NX: u64 = 1 << 63;
 }
 
+/// Where the byte at a linear address is, as the TLB has it.
+#[derive(Clone, Copy)]
+struct Known {
+    host: *mut u8,
+    /// Its guest-physical address, if a write is to be followed by [`Cpu::settle`].
+    gpa: Option<u64>,
+}
+
 /// Guest-physical address bits that CPUID 0x80000008 tells.
 pub const PHYSICAL_BITS: u32 = 46;
 const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !PAGE_MASK;
@@ -126,6 +134,17 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn load_slow<T: Int>(&mut self, linear: u64, system: bool) -> Run<T> {
+        if crosses(linear, T::BYTES as u64)
+            && let Some((a, b)) = self.known_pair(linear, T::BYTES as u64, false, system)
+        {
+            let here = 8 * (0x1000 - (linear & PAGE_MASK) as usize);
+            // SAFETY: the last and the first eight bytes of two pages of guest RAM.
+            let (low, high) = unsafe {
+                let end = a.host.add(here / 8).sub(8).cast::<u64>();
+                (end.read_unaligned(), b.host.cast::<u64>().read_unaligned())
+            };
+            return Ok(T::from_u64(low >> (64 - here) | high << here));
+        }
         let mut bytes = [0; 8];
         self.read_bytes(linear, &mut bytes[..T::BYTES], system)?;
         Ok(T::from_u64(u64::from_le_bytes(bytes)))
@@ -137,8 +156,49 @@ impl Cpu {
         self.write_bytes(linear, &value.to_u64().to_le_bytes()[..T::BYTES], system)
     }
 
+    /// Where the byte at `linear` is, if the TLB has its page: an access to it cannot fault.
+    #[inline]
+    fn known(&self, linear: u64, write: bool, system: bool) -> Option<Known> {
+        // SAFETY: the sets are our own TLB's.
+        let set = unsafe { &*(if system { self.system_data } else { self.data }) };
+        let entry = if write { &set.write[index(linear)] } else { &set.read[index(linear)] };
+        if let Some(host) = entry.find(linear, 1) {
+            return Some(Known { host: host as *mut u8, gpa: None });
+        }
+        let (host, gpa) = if write { entry.find_watched(linear)? } else { return None };
+        // Where the watch has ended there shall be a quick entry.
+        self.memory.is_watched(gpa).then_some(Known { host: host as *mut u8, gpa: Some(gpa) })
+    }
+
+    /// Whether a load from `linear` would find its page in the TLB.
+    pub fn reads_quickly(&self, linear: u64) -> bool {
+        self.known(linear, false, false).is_some()
+    }
+
+    /// Where the bytes of an access that crosses pages are, up to the page's end and from it on.
+    #[inline]
+    fn known_pair(&self, linear: u64, bytes: u64, write: bool, system: bool) -> Option<(Known, Known)> {
+        let second = linear.wrapping_add(bytes - 1) & !PAGE_MASK;
+        Some((self.known(linear, write, system)?, self.known(second, write, system)?))
+    }
+
     /// Reads up to 64 bytes at a linear address, across pages and from devices.
     pub fn read_bytes(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
+        if !out.is_empty() && crosses(linear, out.len() as u64) {
+            if let Some((a, b)) = self.known_pair(linear, out.len() as u64, false, system) {
+                let (head, tail) = out.split_at_mut((0x1000 - (linear & PAGE_MASK)) as usize);
+                // SAFETY: the end of a page of guest RAM, and the start of one.
+                unsafe {
+                    copy_out(a.host, head);
+                    copy_out(b.host, tail);
+                }
+                return Ok(());
+            }
+        } else if let Some(known) = self.known(linear, false, system) {
+            // SAFETY: the bytes do not leave the page.
+            unsafe { copy_out(known.host, out) };
+            return Ok(());
+        }
         if self.inspect && !system {
             self.inspect_access(linear, out.len(), false)?;
         }
@@ -158,18 +218,8 @@ impl Cpu {
     fn read_piece(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
         let gpa = self.translate_data(linear, Access::Read, system)? | (linear & PAGE_MASK);
         match self.memory.host_page(gpa) {
-            // SAFETY: the page is guest RAM and the piece does not leave it. A naturally aligned power of two is one
-            // load, as in `write_piece`.
-            Some(page) => unsafe {
-                let from = page.add((gpa & PAGE_MASK) as usize);
-                match out {
-                    [a] => *a = from.read_volatile(),
-                    [_, _] => out.copy_from_slice(&from.cast::<[u8; 2]>().read_unaligned()),
-                    [_, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 4]>().read_unaligned()),
-                    [_, _, _, _, _, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 8]>().read_unaligned()),
-                    _ => ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()),
-                }
-            },
+            // SAFETY: the page is guest RAM and the piece does not leave it.
+            Some(page) => unsafe { copy_out(page.add((gpa & PAGE_MASK) as usize), out) },
             None => self.device_read(gpa, out),
         }
         Ok(())
@@ -177,6 +227,17 @@ impl Cpu {
 
     /// Writes up to 64 bytes at a linear address; nothing is written if any byte may not be.
     pub fn write_bytes(&mut self, linear: u64, data: &[u8], system: bool) -> Run {
+        if !data.is_empty() && crosses(linear, data.len() as u64) {
+            if let Some((a, b)) = self.known_pair(linear, data.len() as u64, true, system) {
+                let (head, tail) = data.split_at((0x1000 - (linear & PAGE_MASK)) as usize);
+                self.write_known(a, head);
+                self.write_known(b, tail);
+                return Ok(());
+            }
+        } else if let Some(known) = self.known(linear, true, system) {
+            self.write_known(known, data);
+            return Ok(());
+        }
         if self.inspect && !system {
             self.inspect_access(linear, data.len(), true)?;
         }
@@ -191,25 +252,22 @@ impl Cpu {
         if tail.is_empty() { Ok(()) } else { self.write_piece(linear.wrapping_add(first as u64), tail, system) }
     }
 
+    #[inline]
+    fn write_known(&mut self, to: Known, data: &[u8]) {
+        // SAFETY: guest RAM, and the callers see to it that the bytes do not leave the page.
+        unsafe { copy_in(data, to.host) };
+        if let Some(gpa) = to.gpa {
+            self.settle(gpa, data.len());
+        }
+    }
+
     fn write_piece(&mut self, linear: u64, data: &[u8], system: bool) -> Run {
         let gpa = self.translate_data(linear, Access::Write, system)? | (linear & PAGE_MASK);
         match self.memory.host_page(gpa) {
             Some(page) => {
-                // SAFETY: the page is guest RAM and the piece does not leave it. A naturally aligned power of
-                // two is one store, as the guest's other processors expect.
-                unsafe {
-                    let to = page.add((gpa & PAGE_MASK) as usize);
-                    match data {
-                        [b] => to.write_volatile(*b),
-                        &[a, b] => to.cast::<u16>().write_unaligned(u16::from_le_bytes([a, b])),
-                        &[a, b, c, d] => to.cast::<u32>().write_unaligned(u32::from_le_bytes([a, b, c, d])),
-                        &[a, b, c, d, e, f, g, h] => {
-                            to.cast::<u64>().write_unaligned(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
-                        }
-                        _ => ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
-                    }
-                }
-                self.settle(gpa);
+                // SAFETY: the page is guest RAM and the piece does not leave it.
+                unsafe { copy_in(data, page.add((gpa & PAGE_MASK) as usize)) };
+                self.settle(gpa, data.len());
             }
             None => self.device_write(gpa, data),
         }
@@ -254,6 +312,15 @@ impl Cpu {
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<*mut u8>> {
         let access = if write { Access::Write } else { Access::Read };
+        let known = if crosses(linear, len) {
+            self.known_pair(linear, len, write, false).is_some()
+        } else {
+            // It has code, or the quick way would have found it.
+            write && self.known(linear, true, false).is_some()
+        };
+        if known {
+            return Ok(None);
+        }
         let last = linear.wrapping_add(len - 1);
         self.check_canonical(last)?;
         let gpa = self.translate_data(linear, access, false)?;
@@ -275,8 +342,11 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub fn in_ram(&mut self, linear: u64, len: u64, write: bool) -> Run<Option<(*mut u8, u64)>> {
-        if linear.wrapping_add(len - 1) & !PAGE_MASK != linear & !PAGE_MASK {
+        if crosses(linear, len) {
             return Ok(None);
+        }
+        if let Some(Known { host, gpa: Some(gpa) }) = self.known(linear, write, false) {
+            return Ok(Some((host, gpa)));
         }
         let gpa =
             self.translate_data(linear, if write { Access::Write } else { Access::Read }, false)? | linear & PAGE_MASK;
@@ -288,12 +358,13 @@ impl Cpu {
         Ok(Some((unsafe { page.add((gpa & PAGE_MASK) as usize) }, gpa)))
     }
 
-    /// After a write that did not go through a TLB entry: drops the page's cached code, if it has any.
+    /// After a write of `len` bytes that did not go through a TLB entry: drops the page's cached code, if they may be
+    /// some of it.
     #[inline]
-    pub fn settle(&mut self, gpa: u64) {
+    pub fn settle(&mut self, gpa: u64, len: usize) {
         // Whoever decodes watches first and reads then; here it is the other way round, so that one sees the other.
         fence(Ordering::SeqCst);
-        if self.memory.is_watched(gpa) {
+        if self.memory.is_watched_at(gpa, len as u64) {
             self.code_written(gpa);
         }
     }
@@ -340,12 +411,17 @@ impl Cpu {
             self.see_letters();
         }
         if let Some(host) = self.memory.host_page(found.gpa)
-            && !(write && self.memory.is_watched(found.gpa))
             && (system || !self.inspect)
         {
             let set: *mut DataSet = if system { self.system_data } else { self.data };
             // SAFETY: the sets are our own TLB's.
-            unsafe { (*set).fill(linear, host, write, &found) };
+            unsafe {
+                if write && self.memory.is_watched(found.gpa) {
+                    (*set).fill_watched(linear, host, &found);
+                } else {
+                    (*set).fill(linear, host, write, &found);
+                }
+            }
         }
         Ok(found.gpa)
     }
@@ -523,6 +599,49 @@ impl Cpu {
             } else {
                 (*at.cast::<AtomicU32>()).compare_exchange(entry as u32, new as u32, success, failure).is_ok()
             }
+        }
+    }
+}
+
+#[inline(always)]
+const fn crosses(linear: u64, bytes: u64) -> bool {
+    (linear ^ linear.wrapping_add(bytes - 1)) & !PAGE_MASK != 0
+}
+
+/// Copies from guest RAM. A naturally aligned power of two is one load, as the guest's other processors expect.
+///
+/// # Safety
+/// As many bytes as `out` has are there.
+#[inline]
+unsafe fn copy_out(from: *const u8, out: &mut [u8]) {
+    // SAFETY: the caller's word.
+    unsafe {
+        match out {
+            [a] => *a = from.read_volatile(),
+            [_, _] => out.copy_from_slice(&from.cast::<[u8; 2]>().read_unaligned()),
+            [_, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 4]>().read_unaligned()),
+            [_, _, _, _, _, _, _, _] => out.copy_from_slice(&from.cast::<[u8; 8]>().read_unaligned()),
+            _ => ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()),
+        }
+    }
+}
+
+/// Copies to guest RAM; a naturally aligned power of two is one store.
+///
+/// # Safety
+/// There is room for `data`.
+#[inline]
+unsafe fn copy_in(data: &[u8], to: *mut u8) {
+    // SAFETY: the caller's word.
+    unsafe {
+        match data {
+            [b] => to.write_volatile(*b),
+            &[a, b] => to.cast::<u16>().write_unaligned(u16::from_le_bytes([a, b])),
+            &[a, b, c, d] => to.cast::<u32>().write_unaligned(u32::from_le_bytes([a, b, c, d])),
+            &[a, b, c, d, e, f, g, h] => {
+                to.cast::<u64>().write_unaligned(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+            }
+            _ => ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
         }
     }
 }

@@ -1,6 +1,10 @@
 //! The run loop: from block to block, and everything that happens between them.
 
-use std::{ptr, time::Instant};
+use std::{
+    ptr,
+    sync::atomic::{Ordering, fence},
+    time::Instant,
+};
 
 use vireo_cpu::Exit;
 
@@ -534,10 +538,12 @@ impl Cpu {
         self.shared.code_changed(page, Some(self.id));
     }
 
-    /// From now on a write to this page is noticed, whoever makes it.
-    pub fn watch_code(&mut self, gpa: u64, host: *mut u8) {
+    /// From now on a write to these bytes of the page that is at `host` is noticed, whoever makes it. They are to be
+    /// read after this, or read again: see [`crate::machine`].
+    pub fn watch_code(&mut self, gpa: u64, bytes: usize, host: *mut u8) {
         let page = gpa & !PAGE_MASK;
-        let newly = !self.memory.watch_page(page);
+        let newly = !self.memory.watch(gpa, bytes as u64);
+        fence(Ordering::SeqCst);
         if newly || !self.cache.has_page(page) {
             self.tlb.forbid_writes(host);
         }

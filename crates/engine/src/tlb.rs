@@ -29,6 +29,9 @@ pub struct Entry {
     pub difference: u64,
 }
 
+/// Makes an entry's tag that of a page which has its entry at another index, far from this one.
+const ELSEWHERE: u64 = (ENTRIES as u64 / 2) << 12;
+
 /// An entry's size as a power of two.
 pub const ENTRY_SHIFT: u8 = 5;
 const _: () = assert!(size_of::<Entry>() == 1 << ENTRY_SHIFT);
@@ -37,7 +40,20 @@ impl Entry {
     /// An entry that no access matches: the tag is of a page that another entry stands for, and not of the page
     /// before or after, which an access may reach into.
     const fn invalid(index: usize) -> Self {
-        Self { tag: ((index ^ (ENTRIES / 2)) as u64) << 12, host: 0, difference: 0 }
+        Self { tag: (index as u64) << 12 ^ ELSEWHERE, host: 0, difference: 0 }
+    }
+
+    /// An entry that no access matches either, but that says where a page is which may be written the slow way only:
+    /// a watched one. Instead of a difference it has the guest-physical address.
+    const fn watched(page: u64, host: u64, gpa: u64) -> Self {
+        Self { tag: page ^ ELSEWHERE, host, difference: gpa }
+    }
+
+    /// Host and guest-physical address of `linear`, if this is the entry of a watched page that has it.
+    #[inline]
+    pub fn find_watched(&self, linear: u64) -> Option<(u64, u64)> {
+        let found = self.tag ^ ELSEWHERE == linear & !PAGE_MASK && self.host != 0;
+        found.then(|| (self.host + (linear & PAGE_MASK), self.difference + (linear & PAGE_MASK)))
     }
 
     /// The host address of `bytes` bytes at a linear address, if they are in this entry's page.
@@ -144,6 +160,16 @@ impl DataSet {
     pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, found: &Translation) {
         let page = linear & !PAGE_MASK;
         let entry = Entry { tag: page, host: host as u64, difference: (host as u64).wrapping_sub(page) };
+        self.put(linear, entry, write, found);
+    }
+
+    /// The page may be written, but has code: writes find it by [`Entry::find_watched`].
+    pub fn fill_watched(&mut self, linear: u64, host: *mut u8, found: &Translation) {
+        let entry = Entry::watched(linear & !PAGE_MASK, host as u64, found.gpa & !PAGE_MASK);
+        self.put(linear, entry, true, found);
+    }
+
+    fn put(&mut self, linear: u64, entry: Entry, write: bool, found: &Translation) {
         let at = index(linear);
         let (table, used, local) = if write {
             (&mut self.write, &mut self.used_write, &mut self.local_write)
@@ -165,7 +191,7 @@ impl DataSet {
         let page = linear & !PAGE_MASK;
         for table in [&mut self.read, &mut self.write] {
             let entry = &mut table[index(linear)];
-            if entry.tag == page {
+            if entry.tag == page || entry.tag == page ^ ELSEWHERE {
                 *entry = Entry::invalid(index(linear));
             }
         }
@@ -176,7 +202,8 @@ impl DataSet {
         let mut any = false;
         for chunk in bits(self.used_write) {
             for at in chunk * CHUNK..(chunk + 1) * CHUNK {
-                if self.write[at].host == host as u64 {
+                let entry = &self.write[at];
+                if entry.host == host as u64 && index(entry.tag) == at {
                     self.write[at] = Entry::invalid(at);
                     any = true;
                 }

@@ -2,7 +2,7 @@ use std::{
     fmt, io, ptr,
     sync::{
         Arc, OnceLock, Weak,
-        atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
     },
 };
 
@@ -18,7 +18,8 @@ pub const HIGH_RAM_START: u64 = 1 << 32;
 /// what happens to lie there. As large as a huge page, so that RAM begins on one where the host starts mappings so.
 const GUARD_BYTES: usize = 2 << 20;
 
-const WATCHED: u8 = 1;
+/// Bytes of a page that one bit of its watch stands for.
+const CHUNK_BYTES: u64 = PAGE_BYTES / 64;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -60,7 +61,8 @@ struct Inner {
     bytes: u64,
     /// RAM below the PCI hole; what is more starts at [`HIGH_RAM_START`].
     low_bytes: u64,
-    flags: Box<[AtomicU8]>,
+    /// Of each page, which chunks of it are watched.
+    watched: Box<[AtomicU64]>,
     watch: OnceLock<Arc<dyn PageWatch>>,
 }
 
@@ -104,6 +106,21 @@ fn reserve(bytes: usize) -> io::Result<*mut u8> {
     Ok(base)
 }
 
+/// As many atomic zeroes, in memory that the host gives only where they are used.
+fn zeroes(count: usize) -> Box<[AtomicU64]> {
+    let plain = Box::into_raw(vec![0u64; count].into_boxed_slice());
+    // SAFETY: an atomic integer is laid out as the plain one.
+    unsafe { Box::from_raw(plain as *mut [AtomicU64]) }
+}
+
+/// The chunks of its page that `gpa..gpa+len` touches; it lies in one page.
+#[inline]
+fn chunks(gpa: u64, len: u64) -> u64 {
+    let first = (gpa & (PAGE_BYTES - 1)) / CHUNK_BYTES;
+    let last = ((gpa & (PAGE_BYTES - 1)).saturating_add(len.max(1) - 1) / CHUNK_BYTES).min(63);
+    u64::MAX << first & u64::MAX >> (63 - last)
+}
+
 impl GuestMemory {
     /// `bytes` of zeroed RAM, of which at most `low_limit` lie below the PCI hole.
     pub fn new(bytes: u64, low_limit: u64) -> Result<Self, MemoryError> {
@@ -111,9 +128,9 @@ impl GuestMemory {
             return Err(MemoryError::Unaligned(bytes));
         }
         let base = reserve(bytes as usize).map_err(|source| MemoryError::Map { bytes, source })?;
-        let flags = (0..bytes / PAGE_BYTES).map(|_| AtomicU8::new(0)).collect();
+        let watched = zeroes((bytes / PAGE_BYTES) as usize);
         let low_bytes = bytes.min(low_limit);
-        Ok(Self(Arc::new(Inner { base, bytes, low_bytes, flags, watch: OnceLock::new() })))
+        Ok(Self(Arc::new(Inner { base, bytes, low_bytes, watched, watch: OnceLock::new() })))
     }
 
     pub fn downgrade(&self) -> WeakGuestMemory {
@@ -208,11 +225,13 @@ impl GuestMemory {
     /// Says that a device changed `gpa..gpa+len` (for writes that did not go through [`Self::write`]).
     #[inline]
     pub fn written(&self, gpa: u64, len: u64) {
+        // Whoever watches reads afterwards; here it is the other way round, so that one sees the other.
+        fence(Ordering::SeqCst);
         let end = gpa.saturating_add(len);
         let mut at = gpa;
         while at < end {
             let next = ((at | (PAGE_BYTES - 1)) + 1).min(end);
-            if self.is_watched(at)
+            if self.is_watched_at(at, next - at)
                 && let Some(watch) = self.0.watch.get()
             {
                 watch.page_written(at, next - at);
@@ -229,23 +248,37 @@ impl GuestMemory {
 
     /// From now on writes to this page are reported. Returns whether the page was watched before.
     pub fn watch_page(&self, gpa: u64) -> bool {
-        self.flag(gpa).is_some_and(|f| f.fetch_or(WATCHED, Ordering::AcqRel) & WATCHED != 0)
+        self.watch(gpa & !(PAGE_BYTES - 1), PAGE_BYTES)
     }
 
+    /// The same for the part of a page that is `gpa..gpa+len` (and for what is in the same 64 bytes as its ends).
+    /// Returns whether anything of the page was watched before.
+    pub fn watch(&self, gpa: u64, len: u64) -> bool {
+        self.watched_chunks(gpa).is_some_and(|w| w.fetch_or(chunks(gpa, len), Ordering::SeqCst) != 0)
+    }
+
+    /// Ends the watch of all of the page.
     pub fn unwatch_page(&self, gpa: u64) {
-        if let Some(flag) = self.flag(gpa) {
-            flag.fetch_and(!WATCHED, Ordering::AcqRel);
+        if let Some(watched) = self.watched_chunks(gpa) {
+            watched.store(0, Ordering::SeqCst);
         }
     }
 
+    /// Whether anything of the page is watched.
     #[inline]
     pub fn is_watched(&self, gpa: u64) -> bool {
-        self.flag(gpa).is_some_and(|f| f.load(Ordering::Acquire) & WATCHED != 0)
+        self.watched_chunks(gpa).is_some_and(|w| w.load(Ordering::Acquire) != 0)
+    }
+
+    /// Whether a write to `gpa..gpa+len`, which lies in one page, is one to watched bytes.
+    #[inline]
+    pub fn is_watched_at(&self, gpa: u64, len: u64) -> bool {
+        self.watched_chunks(gpa).is_some_and(|w| w.load(Ordering::Acquire) & chunks(gpa, len) != 0)
     }
 
     #[inline]
-    fn flag(&self, gpa: u64) -> Option<&AtomicU8> {
-        self.offset(gpa).map(|offset| &self.0.flags[(offset / PAGE_BYTES) as usize])
+    fn watched_chunks(&self, gpa: u64) -> Option<&AtomicU64> {
+        self.offset(gpa).map(|offset| &self.0.watched[(offset / PAGE_BYTES) as usize])
     }
 }
 
@@ -322,6 +355,20 @@ mod tests {
         memory.unwatch_page(0x1000);
         memory.write(0x1000, &[1]).unwrap();
         assert_eq!(*log.0.lock().unwrap(), [(0x1000, 0x1000)]);
+    }
+
+    #[test]
+    fn a_watch_is_of_the_bytes_that_it_names_and_their_neighbours() {
+        let memory = GuestMemory::new(4 << 12, 4 << 12).unwrap();
+        assert!(!memory.watch(0x1ffc, 4));
+        assert!(memory.watch(0x1040, 65));
+        assert!(memory.is_watched(0x1000) && !memory.is_watched(0x2000));
+        let watched = |gpa, len| memory.is_watched_at(gpa, len);
+        assert!(watched(0x1fc0, 1) && !watched(0x1fbf, 1) && watched(0x1fbf, 2));
+        assert!(!watched(0x1000, 0x40) && watched(0x103f, 2) && watched(0x10bf, 1) && !watched(0x10c0, 0xf00));
+        assert!(watched(0x1000, 0x1000));
+        memory.unwatch_page(0x1234);
+        assert!(!watched(0x1000, 0x1000) && !memory.is_watched(0x1000));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! through volatile or atomic accesses; no Rust reference to guest RAM is ever formed.
 //!
 //! A page may be *watched* (see [`GuestMemory::watch_page`]): a CPU engine that cached decoded or translated
-//! code of a page is told when anyone else (a device) writes to it.
+//! code of a page is told when anyone else (a device) writes to it. The grain of a watch is 64 bytes, so that data
+//! beside code is written at little cost.
 #![allow(unsafe_code)]
 
 mod guest;

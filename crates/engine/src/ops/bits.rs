@@ -85,7 +85,7 @@ fn bit_of_memory<T: Int>(cpu: &mut Cpu, op: &Uop) -> Run<bool> {
         if let Some((host, gpa)) = cpu.in_ram(at, T::BYTES as u64, true)? {
             // SAFETY: as above, of `in_ram`.
             let was = unsafe { atomic(host.add(byte), bit, op.aux) };
-            cpu.settle(gpa);
+            cpu.settle(gpa, T::BYTES);
             return Ok(was);
         }
     }

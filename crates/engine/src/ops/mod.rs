@@ -205,7 +205,7 @@ impl Cpu {
                 ptr::write_unaligned(at.cast::<T>(), change(old, &mut flags));
             }
             if let Some(gpa) = gpa {
-                self.settle(gpa);
+                self.settle(gpa, T::BYTES);
             }
         } else {
             // A page crossing or a device: writability first, so that a fault is a write's.

@@ -101,7 +101,7 @@ impl Cpu {
             // SAFETY: as above, of `in_ram`.
             let done = unsafe { self.fpu.call(stub, &mut self.regs, host) };
             if write {
-                self.settle(gpa);
+                self.settle(gpa, bytes);
             }
             return done.or_else(|t| self.trap(t.widen()));
         }
@@ -126,8 +126,11 @@ impl Cpu {
 
     /// Whether reading the operand of a pure store first is harmless.
     fn direct_ram(&mut self, at: u64, bytes: usize) -> bool {
-        matches!(self.in_ram(at, 1, false), Ok(Some(_)))
-            && matches!(self.in_ram(at.wrapping_add(bytes as u64 - 1), 1, false), Ok(Some(_)))
+        let mut is_ram = |at| {
+            // A TLB entry is of RAM, and an access without breakpoints is one that it may stand for.
+            matches!(self.direct(at, 1, false), Ok(Some(_))) || matches!(self.in_ram(at, 1, false), Ok(Some(_)))
+        };
+        is_ram(at) && is_ram(at.wrapping_add(bytes as u64 - 1))
     }
 }
 

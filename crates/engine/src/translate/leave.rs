@@ -172,7 +172,9 @@ pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64
         let news = cpu.translated.news;
         let crosses = |from: u64, bytes: u64| (from ^ from.wrapping_add(bytes - 1)) & !PAGE_MASK != 0;
         let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
-        let alone = crosses(linear, site.bytes);
+        // An access that reads may lead a span that others write by, and its page may be one that has code: what was
+        // missed then is not brought in by reading.
+        let alone = crosses(linear, site.bytes) || !site.write && cpu.reads_quickly(linear);
         let found = if alone { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
         let block = &mut *site.block.cast_mut();
         let done = match found {
