@@ -91,12 +91,12 @@ table! { $
         repeated_strings, loads_of_ss, changed_bytes,
     }
     code {
-        modified_by_itself, modified_ahead, across_pages, moved_pages, ever_new_operands,
+        modified_by_itself, modified_ahead, across_pages, moved_pages, ever_new_operands, data_beside_code,
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
         swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd, string_instructions,
-        descriptor_tables, absolute_addresses,
+        descriptor_tables, absolute_addresses, long_strings,
     }
     protected {
         exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, pae_paging, rings_and_sysenter,

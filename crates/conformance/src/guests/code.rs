@@ -193,3 +193,56 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// Data in a page that has code: writes to either, and what was the one becomes the other.
+    code data_beside_code, Long, Reports(&[0x11, 0x11, 13, 0x2200_0011, 1, 4, 7, 0x2200_0012, 13]),
+    r#"
+        // MOV EAX, imm32; RET over the border of two cache lines
+        mov ebx, 0x90000
+        lea rdi, [rbx + 0x3e]
+        mov byte ptr [rdi], 0xb8
+        mov dword ptr [rdi + 1], 0x11
+        mov byte ptr [rdi + 5], 0xc3
+        call rdi
+        REPORT eax
+        mov qword ptr [rbx + 0x800], 5
+        add dword ptr [rbx + 0x800], 6
+        lock inc dword ptr [rbx + 0x800]
+        inc byte ptr [rbx + 0x800]
+        call rdi
+        REPORT eax
+        REPORT dword ptr [rbx + 0x800]
+        mov byte ptr [rdi + 4], 0x22
+        call rdi
+        REPORT eax
+        // INC EAX; RET where nothing was, and three of them
+        lea rsi, [rbx + 0x100]
+        mov word ptr [rsi], 0xc0ff
+        mov byte ptr [rsi + 2], 0xc3
+        xor eax, eax
+        call rsi
+        REPORT eax
+        mov dword ptr [rsi + 2], 0xc0ffc0ff
+        mov byte ptr [rsi + 6], 0xc3
+        call rsi
+        REPORT eax
+        // NOPs from the data before it to all but the last of its bytes
+        mov rdx, rdi
+        lea rdi, [rbx + 0x80]
+        mov ecx, 0x86
+        mov al, 0x90
+        cld
+        rep stosb
+        mov eax, 7
+        call rsi
+        REPORT eax
+        // an access from the page before, which ends in the data, and one that ends in the code
+        mov qword ptr [rbx - 4], 0
+        mov byte ptr [rdx + 1], 0x12
+        call rdx
+        REPORT eax
+        REPORT dword ptr [rbx + 0x800]
+        DONE
+    "#
+}

@@ -681,3 +681,84 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// SCAS and CMPS over several pages: found in a later one, elements across their borders, counts that run out.
+    code long_strings, Long, Reports(&[
+        0x91804, 0xffd, 0x44, 0x91805, 0x7fe, 0, 0x91803, 0x91804, 0xffe, 0, 0x90882, 0x92181, 0x7f, 0x44,
+        0x91801, 0, 0, 0x91805, 0x3ff, 0x44, 0x91709, 0x9f, 0x85,
+    ]),
+    r#"
+        .macro FLAGS
+            pushfq
+            pop rdx
+            and edx, 0x8d5
+            REPORT edx
+        .endm
+        cld
+        mov edi, 0x90800
+        mov ecx, 0x1800
+        mov al, 1
+        rep stosb
+        mov byte ptr [0x91803], 0
+        mov ecx, 0x200
+        mov al, 2
+        mov edi, 0x92100
+        rep stosb
+        mov byte ptr [0x92180], 1
+        mov al, 0
+        mov edi, 0x90801
+        mov ecx, 0x2000
+        repne scasb
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        mov eax, 0x0101
+        mov edi, 0x90801
+        mov ecx, 0x1000
+        repe scasw
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        mov esi, 0x90801
+        mov edi, 0x90802
+        mov ecx, 0x2000
+        repe cmpsb
+        REPORT esi
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        mov esi, 0x90801
+        mov edi, 0x92100
+        mov ecx, 0x100
+        repne cmpsb
+        REPORT esi
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        mov al, 9
+        mov edi, 0x90801
+        mov ecx, 0x1000
+        repne scasb
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        // larger elements from odd addresses
+        mov eax, 0x01000101
+        mov edi, 0x90801
+        mov ecx, 0x800
+        repne scasd
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        mov esi, 0x90901
+        mov edi, 0x90801
+        mov ecx, 0x280
+        repe cmpsq
+        REPORT edi
+        REPORT ecx
+        FLAGS
+        .purgem FLAGS
+        DONE
+    "#
+}

@@ -62,6 +62,19 @@ impl Cpu {
         self.segment_address(sreg::ES, offset, T::BYTES, access)
     }
 
+    /// Where `bytes` bytes within a page may be written at once; with the guest-physical address if
+    /// [`Self::settle`] must follow.
+    #[inline(always)]
+    fn bulk_target(&mut self, linear: u64, bytes: u64) -> Run<Option<(*mut u8, Option<u64>)>> {
+        if let Some(host) = self.direct(linear, 1, true)? {
+            return Ok(Some((host, None)));
+        }
+        if self.inspect {
+            return Ok(None);
+        }
+        Ok(self.in_ram(linear, bytes, true)?.map(|(host, gpa)| (host, Some(gpa))))
+    }
+
     /// How many elements from `linear` on stay in its page, at most `left`; 0 if even the first crosses.
     fn in_page<T: Int>(linear: u64, left: u64) -> u64 {
         ((0x1000 - (linear & PAGE_MASK)) / T::BYTES as u64).min(left)
@@ -120,7 +133,7 @@ pub unsafe fn movs<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
                 if count > 1
                     && o.asz == address::LONG
                     && let Some(source) = cpu.direct(from, 1, false)?
-                    && let Some(target) = cpu.direct(to, 1, true)?
+                    && let Some((target, code)) = cpu.bulk_target(to, count * T::BYTES as u64)?
                 {
                     let bytes = count as usize * T::BYTES;
                     let distance = (target as usize).wrapping_sub(source as usize);
@@ -133,6 +146,9 @@ pub unsafe fn movs<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
                             let v = source.cast::<T>().add(i).read_unaligned();
                             target.cast::<T>().add(i).write_unaligned(v);
                         }
+                    }
+                    if let Some(gpa) = code {
+                        cpu.settle(gpa, bytes);
                     }
                     cpu.advance(RSI, bytes as u64, o);
                     cpu.advance(RDI, bytes as u64, o);
@@ -157,7 +173,7 @@ pub unsafe fn stos<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
             if o.asz == address::LONG && left > 1 && step == T::BYTES as u64 {
                 let count = Cpu::in_page::<T>(to, left);
                 if count > 1
-                    && let Some(target) = cpu.direct(to, 1, true)?
+                    && let Some((target, code)) = cpu.bulk_target(to, count * T::BYTES as u64)?
                 {
                     if v.to_u64() == 0 || T::BYTES == 1 {
                         ptr::write_bytes(target, v.to_u64() as u8, count as usize * T::BYTES);
@@ -165,6 +181,9 @@ pub unsafe fn stos<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
                         for i in 0..count as usize {
                             target.cast::<T>().add(i).write_unaligned(v);
                         }
+                    }
+                    if let Some(gpa) = code {
+                        cpu.settle(gpa, count as usize * T::BYTES);
                     }
                     cpu.advance(RDI, count * T::BYTES as u64, o);
                     return Ok((count, true));
@@ -195,13 +214,45 @@ fn goes_on(cpu: &Cpu, op: &Uop) -> bool {
     (cpu.regs.flags & ZF != 0) == (op.aux & REP != 0)
 }
 
+/// How many of `count` elements there are up to and with the first that `stops`; all if none does.
+#[inline(always)]
+fn first(count: usize, stops: impl Fn(usize) -> bool) -> usize {
+    // So many are looked at together, as vectors.
+    const GROUP: usize = 32;
+    let mut at = 0;
+    while at + GROUP <= count && !(at..at + GROUP).fold(false, |any, i| any | stops(i)) {
+        at += GROUP;
+    }
+    (at..count).find(|&i| stops(i)).map_or(count, |i| i + 1)
+}
+
 pub unsafe fn scas<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     unsafe {
-        repeat(cpu, op, |cpu, o, _| {
+        repeat(cpu, op, |cpu, o, left| {
             let at = cpu.destination::<T>(o, Access::Read)?;
+            let step = cpu.step::<T>();
+            if o.asz == address::LONG && left > 1 && step == T::BYTES as u64 {
+                let count = Cpu::in_page::<T>(at, left) as usize;
+                if count > 1
+                    && let Some(host) = cpu.direct(at, 1, false)?
+                {
+                    let (host, wanted) = (host.cast::<T>(), cpu.reg::<T>(0));
+                    let done = if o.aux & REP != 0 {
+                        first(count, |i| host.add(i).read_unaligned() != wanted)
+                    } else if T::BYTES == 1 {
+                        let found = libc::memchr(host.cast(), wanted.to_u64() as i32, count);
+                        if found.is_null() { count } else { found.offset_from(host.cast()) as usize + 1 }
+                    } else {
+                        first(count, |i| host.add(i).read_unaligned() == wanted)
+                    };
+                    // Read once more, and believed this time: others may be writing.
+                    wanted.sub(host.add(done - 1).read_unaligned(), &mut cpu.regs.flags);
+                    cpu.advance(RDI, (done * T::BYTES) as u64, o);
+                    return Ok((done as u64, goes_on(cpu, o)));
+                }
+            }
             let v = cpu.load::<T>(at)?;
             cpu.reg::<T>(0).sub(v, &mut cpu.regs.flags);
-            let step = cpu.step::<T>();
             cpu.advance(RDI, step, o);
             Ok((1, goes_on(cpu, o)))
         })
@@ -210,12 +261,32 @@ pub unsafe fn scas<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 
 pub unsafe fn cmps<T: Int>(cpu: &mut Cpu, op: *const Uop) -> Ctl {
     unsafe {
-        repeat(cpu, op, |cpu, o, _| {
+        repeat(cpu, op, |cpu, o, left| {
             let (from, to) = (cpu.source::<T>(o)?, cpu.destination::<T>(o, Access::Read)?);
+            let step = cpu.step::<T>();
+            if o.asz == address::LONG && left > 1 && step == T::BYTES as u64 {
+                let count = Cpu::in_page::<T>(from, Cpu::in_page::<T>(to, left)) as usize;
+                if count > 1
+                    && let Some(a) = cpu.direct(from, 1, false)?
+                    && let Some(b) = cpu.direct(to, 1, false)?
+                {
+                    let (a, b) = (a.cast::<T>(), b.cast::<T>());
+                    let done = if o.aux & REP != 0 {
+                        first(count, |i| a.add(i).read_unaligned() != b.add(i).read_unaligned())
+                    } else {
+                        first(count, |i| a.add(i).read_unaligned() == b.add(i).read_unaligned())
+                    };
+                    // As in SCAS.
+                    let (a, b) = (a.add(done - 1).read_unaligned(), b.add(done - 1).read_unaligned());
+                    a.sub(b, &mut cpu.regs.flags);
+                    cpu.advance(RSI, (done * T::BYTES) as u64, o);
+                    cpu.advance(RDI, (done * T::BYTES) as u64, o);
+                    return Ok((done as u64, goes_on(cpu, o)));
+                }
+            }
             let a = cpu.load::<T>(from)?;
             let b = cpu.load::<T>(to)?;
             a.sub(b, &mut cpu.regs.flags);
-            let step = cpu.step::<T>();
             cpu.advance(RSI, step, o);
             cpu.advance(RDI, step, o);
             Ok((1, goes_on(cpu, o)))
