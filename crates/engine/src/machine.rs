@@ -52,10 +52,13 @@ impl CodeMail {
     }
 }
 
+/// A vCPU's number, and how it is told of something.
+type Member = (u32, Arc<VcpuSignal>, Arc<CodeMail>);
+
 /// Shared by all vCPUs of a machine.
 #[derive(Debug, Default)]
 pub struct Shared {
-    vcpus: RwLock<Vec<(u32, Arc<VcpuSignal>, Arc<CodeMail>)>>,
+    vcpus: RwLock<Vec<Member>>,
     split: Mutex<()>,
     /// When the first instruction with user privilege ran.
     pub first_user: std::sync::OnceLock<std::time::Instant>,

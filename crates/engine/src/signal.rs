@@ -1,10 +1,19 @@
 //! How anyone (devices, timers, other vCPUs) gets a vCPU's attention.
 
 use std::sync::{
-    Condvar, Mutex,
+    Condvar, Mutex, OnceLock,
     atomic::{AtomicBool, AtomicU32, Ordering},
 };
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Nanoseconds that a halted vCPU waits at most before it sleeps.
+const LONGEST_PATIENCE: u32 = 50_000;
+
+/// Whether somebody else can run while a vCPU waits.
+fn can_wait() -> bool {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from)) > 1
+}
 
 /// Reasons to leave translated or interpreted code at the next block boundary.
 pub mod request {
@@ -27,6 +36,8 @@ pub mod request {
 pub struct VcpuSignal {
     requests: AtomicU32,
     asleep: AtomicBool,
+    /// Nanoseconds for which the vCPU waits for a request before it sleeps.
+    patience: AtomicU32,
     pub sipi_vector: AtomicU32,
     lock: Mutex<()>,
     wake: Condvar,
@@ -64,7 +75,35 @@ impl VcpuSignal {
     }
 
     /// Sleeps until a request is raised or `until` is past. News of code are no reason to wake.
+    ///
+    /// To fall asleep and to be woken costs more than many a wait is long: where the last ones were short, the vCPU
+    /// looks for a while whether something comes before it sleeps, and for less and less time if nothing does.
     pub fn sleep(&self, until: Option<Instant>) {
+        let patience = self.patience.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        if patience != 0 {
+            let limit = Duration::from_nanos(patience.into());
+            while begun.elapsed() < limit {
+                for _ in 0..16 {
+                    if self.requests.load(Ordering::SeqCst) & !request::CODE != 0 {
+                        return;
+                    }
+                    std::hint::spin_loop();
+                }
+            }
+        }
+        self.sleep_well(until);
+        let slept = begun.elapsed();
+        let next = if slept < Duration::from_nanos(LONGEST_PATIENCE.into()) && can_wait() {
+            (patience * 2).clamp(LONGEST_PATIENCE / 8, LONGEST_PATIENCE)
+        } else {
+            let less = patience / 2;
+            if less < LONGEST_PATIENCE / 16 { 0 } else { less }
+        };
+        self.patience.store(next, Ordering::Relaxed);
+    }
+
+    fn sleep_well(&self, until: Option<Instant>) {
         let Ok(mut guard) = self.lock.lock() else { return };
         self.asleep.store(true, Ordering::SeqCst);
         while self.requests.load(Ordering::SeqCst) & !request::CODE == 0 {

@@ -41,6 +41,7 @@ struct Member {
     span: usize,
     /// From the register's value there to that at the span's reference.
     back: i64,
+    write: bool,
 }
 
 #[derive(Default)]
@@ -81,6 +82,7 @@ impl Work<'_> {
         let mut open: [[Option<usize>; 2]; 16] = [[None; 2]; 16];
         for insn in instructions {
             let touch = self.touch(insn);
+            let write = touch.as_ref().is_some_and(|t| t.write);
             let member = touch.and_then(|t| {
                 let at = shifts[usize::from(t.base)];
                 let of = &mut open[usize::from(t.base)];
@@ -107,7 +109,7 @@ impl Work<'_> {
                     }
                     None => return None,
                 };
-                Some(Member { span, back: plan.spans[span].shift - at })
+                Some(Member { span, back: plan.spans[span].shift - at, write })
             });
             plan.members.push(member);
             self.follow_registers(insn, &mut shifts, &mut open);
@@ -207,6 +209,8 @@ impl Work<'_> {
         match (span.active, span.members) {
             (true, _) => Some(Reach::Follow),
             (false, 0 | 1) => Some(Reach::Alone),
+            // A read must not ask for more than it needs.
+            (false, _) if span.write && !member.write => Some(Reach::Alone),
             (false, _) => Some(Reach::Lead),
         }
     }
