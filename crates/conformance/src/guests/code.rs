@@ -246,3 +246,24 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// Reads beside code, by the register by which an unusual instruction has just written there: they ask to read only.
+    code reads_beside_code, Long, Reports(&[12]),
+    r#"
+        mov byte ptr [0x90000], 0xc3 // RET
+        mov ebx, 0x90100
+        mov dword ptr [rbx + 64], 5
+        mov dword ptr [rbx + 72], 7
+        mov ecx, 100
+    22: mov eax, 0x90000
+        call rax
+        fnstenv [rbx]
+        mov eax, [rbx + 64]
+        add eax, [rbx + 72]
+        dec ecx
+        jnz 22b
+        REPORT eax
+        DONE
+    "#
+}
