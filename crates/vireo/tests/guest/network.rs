@@ -60,7 +60,8 @@ fn a_guest_reaches_the_host() {
              exec 3<>/dev/tcp/10.0.2.2/{}; printf 'GET /file HTTP/1.0\\r\\n\\r\\n' >&3; wc -c <&3
              ping -q -c 2 -W 5 10.0.2.2 | grep -o ' 0% packet loss'
              ip -4 -o address show scope global | grep -o 'eth0 *inet [0-9./]*'
-             ip -4 route show default | grep -o 'via [0-9.]*'
+             # systemd-networkd may just be taking over what the initrd has set up.
+             for i in $(seq 50); do ip -4 route show default | grep -o 'via [0-9.]*' && break; sleep 0.2; done
              grep -c ^nameserver /etc/resolv.conf",
             http.port(),
             udp.port(),
