@@ -3,6 +3,8 @@
 mod lower;
 mod operand;
 
+pub(crate) use lower::is_nop;
+
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
 use crate::{

@@ -150,7 +150,7 @@ impl Engine for SoftEngine {
             stubs_full: false,
             kept_stubs: Default::default(),
             kept_specials: Vec::new(),
-            translator: cfg!(target_arch = "x86_64").then(|| Box::new(Translator::new(features))),
+            translator: cfg!(target_arch = "x86_64").then(|| Box::new(Translator::new())),
             scratch_ops: Vec::new(),
             plain_msrs: MsrFile::default(),
             efer_extra: efer_extra(&table),

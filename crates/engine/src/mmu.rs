@@ -170,11 +170,6 @@ impl Cpu {
         self.memory.is_watched(gpa).then_some(Known { host: host as *mut u8, gpa: Some(gpa) })
     }
 
-    /// Whether a load from `linear` would find its page in the TLB.
-    pub fn reads_quickly(&self, linear: u64) -> bool {
-        self.known(linear, false, false).is_some()
-    }
-
     /// Where the bytes of an access that crosses pages are, up to the page's end and from it on.
     #[inline]
     fn known_pair(&self, linear: u64, bytes: u64, write: bool, system: bool) -> Option<(Known, Known)> {
@@ -604,7 +599,7 @@ impl Cpu {
 }
 
 #[inline(always)]
-const fn crosses(linear: u64, bytes: u64) -> bool {
+pub const fn crosses(linear: u64, bytes: u64) -> bool {
     (linear ^ linear.wrapping_add(bytes - 1)) & !PAGE_MASK != 0
 }
 

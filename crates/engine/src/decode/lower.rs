@@ -772,17 +772,7 @@ impl Lower<'_> {
             M::Bts => self.bit(bits::Change::Set),
             M::Btr => self.bit(bits::Change::Reset),
             M::Btc => self.bit(bits::Change::Complement),
-            M::Nop
-            | M::Endbr64
-            | M::Endbr32
-            | M::Prefetch
-            | M::Prefetchw
-            | M::Prefetchwt1
-            | M::Prefetcht0
-            | M::Prefetcht1
-            | M::Prefetcht2
-            | M::Prefetchnta
-            | M::Reservednop => Some(data::nop),
+            m if is_nop(m) => Some(data::nop),
             M::Pause => self.system(System::Wait, 0),
             M::Mfence | M::Lfence | M::Sfence => Some(native::fence),
             M::Clflush | M::Clflushopt | M::Clwb => Some(native::touch),
@@ -1039,6 +1029,25 @@ fn loop_bytes(insn: &Instruction) -> usize {
         | Code::Loopne_rel8_64_ECX => 4,
         _ => 8,
     }
+}
+
+/// Instructions that do nothing.
+pub(crate) fn is_nop(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Reservednop
+    )
 }
 
 fn is_branch(insn: &Instruction) -> bool {

@@ -2,6 +2,8 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use super::operand;
+
 /// The CR0, CR4 and XCR0 checks that come before an instruction (Intel SDM vol. 2, 2.4–2.6 and vol. 3, table 2-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -141,28 +143,7 @@ pub(super) fn long_mode_equal(insn: &mut Instruction) {
 
 /// Whether the host may execute the instruction for the guest, its memory operand aside.
 pub(super) fn may_run(insn: &Instruction) -> bool {
-    let registers_ok = (0..insn.op_count()).filter(|&i| insn.op_kind(i) == OpKind::Register).all(|i| {
-        let r = insn.op_register(i);
-        r.is_gpr() || r.is_xmm() || r.is_ymm() || r.is_mm() || r.is_st()
-    });
-    let operands_ok = insn.op_kinds().all(|kind| {
-        matches!(
-            kind,
-            OpKind::Register
-                | OpKind::Memory
-                | OpKind::Immediate8
-                | OpKind::Immediate8_2nd
-                | OpKind::Immediate16
-                | OpKind::Immediate32
-                | OpKind::Immediate64
-                | OpKind::Immediate8to16
-                | OpKind::Immediate8to32
-                | OpKind::Immediate8to64
-                | OpKind::Immediate32to64
-        )
-    });
-    registers_ok
-        && operands_ok
+    operand::are_known(insn)
         && matches!(insn.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && insn.flow_control() == FlowControl::Next
         && !insn.is_stack_instruction()

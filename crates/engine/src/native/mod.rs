@@ -29,6 +29,7 @@ mod fpu;
 mod gather;
 mod guard;
 mod image;
+pub(crate) mod operand;
 mod special;
 mod stub;
 

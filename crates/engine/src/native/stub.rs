@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io};
 
 use iced_x86::{
-    Code, CodeSize, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
+    Code, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
 };
 
 use super::{
@@ -12,6 +12,7 @@ use super::{
     classify::{self, FeatureClass},
     emit::{self, Emitter},
     features::FeatureSet,
+    operand,
     special::Special,
 };
 use crate::regs::Regs;
@@ -221,7 +222,7 @@ impl StubCache {
 
     fn build(&mut self, mut insn: Instruction) -> Result<Stub, Unsupported> {
         let memory_at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
-        normalise(&mut insn, memory_at.is_some());
+        operand::without_address(&mut insn, memory_at.is_some());
         let used = Used::of(&mut self.info, &insn, memory_at)?;
         let class = FeatureClass::of(&insn, used.vectors() != 0 || is_vector_only(&insn), used.mmx);
         let bit_offset = memory_at.and_then(|_| bit_offset(&insn));
@@ -277,7 +278,9 @@ impl StubCache {
         let map = assign(&insn, used, bit_offset)?;
         for i in 0..insn.op_count() {
             if insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr() {
-                insn.set_op_register(i, renamed(insn.op_register(i), &map));
+                let register = insn.op_register(i);
+                let host = map[register.full_register().number() & 15];
+                insn.set_op_register(i, host.map_or(register, |host| operand::part(register, host)));
             }
         }
         if has_memory {
@@ -348,22 +351,6 @@ fn nop() -> Instruction {
     Instruction::with(Code::Nopd)
 }
 
-/// Takes out of an instruction what a stub must not depend on.
-fn normalise(insn: &mut Instruction, has_memory: bool) {
-    insn.set_code_size(CodeSize::Code64);
-    insn.set_segment_prefix(Register::None);
-    if has_memory {
-        insn.set_memory_base(Register::None);
-        insn.set_memory_index(Register::None);
-        insn.set_memory_index_scale(1);
-        insn.set_memory_displ_size(0);
-        insn.set_memory_displacement64(0);
-    }
-    // Transactional hints on locked instructions; elsewhere F2 and F3 are ignored or part of the code.
-    insn.set_has_repe_prefix(false);
-    insn.set_has_repne_prefix(false);
-}
-
 /// The vector instructions without a vector register in iced's list of used ones.
 fn is_vector_only(insn: &Instruction) -> bool {
     insn.op_kinds()
@@ -430,7 +417,7 @@ impl Used {
         };
         for register in found.used_registers() {
             let (register, access) = (register.register(), register.access());
-            let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            let writes = operand::writes(access);
             let bit = 1u16 << (register.full_register().number() & 15);
             if register.is_gpr() {
                 used.gpr |= bit;
@@ -455,17 +442,13 @@ impl Used {
         used.flags_out = insn.rflags_modified() & status != 0;
         // Undefined flags, and those of a shift by a count that may be 0, may keep their old value.
         used.flags_in =
-            insn.rflags_read() & status != 0 || (used.flags_out && (defined != status || counts_by_cl(insn)));
+            insn.rflags_read() & status != 0 || (used.flags_out && (defined != status || operand::counts_by_cl(insn)));
         Ok(used)
     }
 
     fn vectors(&self) -> u16 {
         self.vector_in | self.vector_out
     }
-}
-
-fn counts_by_cl(insn: &Instruction) -> bool {
-    insn.op_kinds().enumerate().any(|(i, kind)| kind == OpKind::Register && insn.op_register(i as u32) == Register::CL)
 }
 
 /// Which host register stands for each guest general register that takes part. RDI and RSI are the stub's own
@@ -483,7 +466,7 @@ fn assign(insn: &Instruction, used: &Used, bit_offset: Option<BitOffset>) -> Res
         .collect();
     let number = |r: Register| r.full_register().number() as u8;
     let explicit_mask = explicit.iter().fold(0u16, |mask, &r| mask | 1 << number(r));
-    let halves = explicit.iter().filter(|r| is_high_byte(**r)).fold(0u16, |mask, &r| mask | 1 << number(r));
+    let halves = explicit.iter().filter(|r| operand::is_high_byte(**r)).fold(0u16, |mask, &r| mask | 1 << number(r));
     let fixed = (used.gpr & !explicit_mask) | halves | 0b0111;
     // AH … BH and a REX prefix exclude each other, and with it R8 and up.
     let free: Vec<u8> = if halves == 0 {
@@ -504,43 +487,3 @@ fn assign(insn: &Instruction, used: &Used, bit_offset: Option<BitOffset>) -> Res
     }
     Ok(map)
 }
-
-fn is_high_byte(register: Register) -> bool {
-    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
-}
-
-/// The same part of the host register that stands for `register`'s.
-fn renamed(register: Register, map: &[Option<u8>; 16]) -> Register {
-    let Some(host) = map[register.full_register().number() & 15] else {
-        return register;
-    };
-    if is_high_byte(register) {
-        return register;
-    }
-    let first = match register.size() {
-        1 => return LOW_BYTES[host as usize & 15],
-        2 => Register::AX,
-        4 => Register::EAX,
-        _ => Register::RAX,
-    };
-    first + u32::from(host)
-}
-
-const LOW_BYTES: [Register; 16] = [
-    Register::AL,
-    Register::CL,
-    Register::DL,
-    Register::BL,
-    Register::SPL,
-    Register::BPL,
-    Register::SIL,
-    Register::DIL,
-    Register::R8L,
-    Register::R9L,
-    Register::R10L,
-    Register::R11L,
-    Register::R12L,
-    Register::R13L,
-    Register::R14L,
-    Register::R15L,
-];

@@ -263,6 +263,12 @@ impl Emitter {
         }
     }
 
+    /// Stores a constant.
+    pub fn set32(&mut self, mem: Mem, value: u32) {
+        self.rm(false, &[0xc7], 0, mem);
+        self.raw(&value.to_le_bytes());
+    }
+
     pub fn cmp_byte(&mut self, mem: Mem, imm: u8) {
         self.rm(false, &[0x80], 7, mem);
         self.raw(&[imm]);
@@ -277,6 +283,14 @@ impl Emitter {
     pub fn shift(&mut self, wide: bool, which: u8, reg: u8, count: u8) {
         self.rex(wide, 0, 0, reg, false);
         self.raw(&[0xc1, 0xc0 | which << 3 | reg & 7, count]);
+    }
+
+    /// Compares the address in T0 with its canonical form: "equal" says that it is one. Uses T1.
+    pub fn compare_canonical(&mut self) {
+        self.mov(T1, T0);
+        self.shift(true, 4, T1, 16);
+        self.shift(true, 7, T1, 16);
+        self.rr(true, &[0x39], T0, T1);
     }
 
     pub fn push(&mut self, reg: u8) {

@@ -111,8 +111,9 @@ fn pack(e: &mut Emitter) {
 
 const SCRATCH: Mem = state(std::mem::offset_of!(super::State, scratch));
 
-/// Makes flags in memory from a recipe. Uses R15; RAX stays as it is.
-pub fn make(e: &mut Emitter, recipe: &Recipe) {
+/// Makes flags in memory from a recipe, if they are not there. Uses R15; RAX stays as it is.
+pub fn make(e: &mut Emitter, recipe: Option<Recipe>) {
+    let Some(recipe) = recipe else { return };
     e.store(T0, SCRATCH);
     recipe.emit(e);
     pack(e);

@@ -4,6 +4,7 @@ use super::{Left, State, vectors};
 use crate::{
     cache::Block,
     cpu::{Cpu, cr0, cr4},
+    mmu::crosses,
     ops,
     regs::slot,
     signal::request,
@@ -132,7 +133,7 @@ impl Cpu {
 }
 
 /// A memory access that missed the TLB: the host's address of it, or the whole instruction.
-pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
+pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
     // SAFETY: thunks pass the `Cpu` they run on, and sites of the block that is running.
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
@@ -140,8 +141,7 @@ pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64
         cpu.at_block(site.block);
         let news = cpu.translated.news;
         // An access that crosses pages faults at its own address or at the second page's: the interpreter knows.
-        let crosses = (linear ^ linear.wrapping_add(site.bytes - 1)) & !PAGE_MASK != 0;
-        let found = if crosses { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let found = if crosses(linear, site.bytes) { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
             Ok(Some(_)) if cpu.translated.news != news => {
@@ -162,7 +162,7 @@ pub unsafe extern "sysv64" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64
 }
 
 /// A span that missed the TLB: its first access at `linear` brings the page in, or the interpreter goes on there.
-pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
+pub unsafe extern "C" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
@@ -170,12 +170,8 @@ pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64
         cpu.at_block(site.block);
         let op = (*site.block).ops.add(site.index);
         let news = cpu.translated.news;
-        let crosses = |from: u64, bytes: u64| (from ^ from.wrapping_add(bytes - 1)) & !PAGE_MASK != 0;
         let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
-        // An access that reads may lead a span that others write by, and its page may be one that has code: what was
-        // missed then is not brought in by reading.
-        let alone = crosses(linear, site.bytes) || !site.write && cpu.reads_quickly(linear);
-        let found = if alone { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let found = if crosses(linear, site.bytes) { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
         let block = &mut *site.block.cast_mut();
         let done = match found {
             Err(_) => {
@@ -183,6 +179,7 @@ pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64
                 cpu.translated.left = Left::Handler;
                 LEAVE
             }
+            // It is in the table that was looked at now.
             Ok(Some(_)) if !crosses(from, cpu.translated.span_bytes.into()) && cpu.translated.news == news => GO_ON,
             Ok(_) => {
                 block.crossings = block.crossings.saturating_add(1);
@@ -198,7 +195,7 @@ pub unsafe extern "sysv64" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64
 }
 
 /// An instruction in the middle of a block.
-pub unsafe extern "sysv64" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
+pub unsafe extern "C" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
@@ -210,7 +207,7 @@ pub unsafe extern "sysv64" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
 }
 
 /// The same where translated code relies on the vectors being where they were.
-pub unsafe extern "sysv64" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
+pub unsafe extern "C" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
         let done = interpret(cpu, site);
@@ -221,7 +218,7 @@ pub unsafe extern "sysv64" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
 
 /// An instruction that ends its block. Where its successor is translated, and nothing else is to be done before it, that
 /// is the answer; otherwise 0.
-pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) -> u64 {
+pub unsafe extern "C" fn last(cpu: *mut Cpu, site: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
@@ -238,7 +235,7 @@ pub unsafe extern "sysv64" fn last(cpu: *mut Cpu, site: u64) -> u64 {
 }
 
 /// Puts the x87 state into the host's registers.
-pub unsafe extern "sysv64" fn bring_x87(cpu: *mut Cpu) -> u64 {
+pub unsafe extern "C" fn bring_x87(cpu: *mut Cpu) -> u64 {
     // SAFETY: as in `slow`.
     let cpu = unsafe { &mut *cpu };
     if cpu.cr0 & (cr0::TS | cr0::EM) != 0 || !cpu.fpu.bring_x87() {
@@ -251,12 +248,12 @@ pub unsafe extern "sysv64" fn bring_x87(cpu: *mut Cpu) -> u64 {
 }
 
 /// Says what vector instructions may run, and puts MXCSR into the host's register.
-pub unsafe extern "sysv64" fn bring_vectors(cpu: *mut Cpu, wanted: u64) -> u64 {
+pub unsafe extern "C" fn bring_vectors(cpu: *mut Cpu, wanted: u64) -> u64 {
     // SAFETY: as in `slow`.
     let cpu = unsafe { &mut *cpu };
     let ts = cpu.cr0 & cr0::TS != 0;
     let sse = !ts && cpu.cr0 & cr0::EM == 0 && cpu.cr4 & cr4::OSFXSR != 0;
-    let avx = !ts && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 && super::thunks::host_has_avx();
+    let avx = !ts && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6;
     let found = if sse { vectors::SSE } else { 0 } | if avx { vectors::AVX } else { 0 };
     if u64::from(found) & wanted == 0 || !cpu.fpu.enter_mxcsr(&mut cpu.regs) {
         // The interpreter raises what is to be raised, and knows about unmasked exceptions.

@@ -16,12 +16,16 @@
 //! Jumps within a page are patched to lead from translation to translation; all others look their target up in the
 //! table of the current address space and privilege, in line. Code that was written to is cut off at its entry.
 
+mod access;
 pub mod block;
 pub mod code;
+mod copy;
 pub mod emit;
 mod flags;
+mod jump;
 pub mod leave;
 mod operand;
+mod outline;
 pub mod span;
 mod special;
 mod thunks;
@@ -161,8 +165,7 @@ pub unsafe fn enter(thunk: u64, cpu: *mut crate::cpu::Cpu, code: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         // SAFETY: the caller's word.
-        let enter =
-            unsafe { std::mem::transmute::<u64, unsafe extern "sysv64" fn(*mut crate::cpu::Cpu, *const u8)>(thunk) };
+        let enter = unsafe { std::mem::transmute::<u64, unsafe extern "C" fn(*mut crate::cpu::Cpu, *const u8)>(thunk) };
         // SAFETY: as above; the thunk keeps to the calling convention. The `Cpu` is passed so that the compiler knows
         // that it changes.
         unsafe { enter(cpu, code) };

@@ -1,11 +1,12 @@
 //! What an instruction does to registers, flags and memory, as far as copying it asks.
 
 use iced_x86::{
-    Code, CodeSize, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 use super::HOST;
+use crate::native::operand;
 
 /// Why the address of an instruction's memory operand is of interest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,13 @@ pub struct Copyable {
     pub vectors: bool,
     /// Guest general registers, as bits.
     pub writes: u16,
+}
+
+impl Copyable {
+    /// All flags are written, whatever they were.
+    pub fn overwrites_flags(&self) -> bool {
+        self.flags_out && !self.flags_in
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,21 +153,6 @@ pub fn is_plain(insn: &Instruction) -> bool {
         )
 }
 
-/// Takes the memory operand's address out of an instruction.
-pub fn without_address(insn: &mut Instruction, has_memory: bool) {
-    insn.set_code_size(CodeSize::Code64);
-    insn.set_segment_prefix(Register::None);
-    if has_memory {
-        insn.set_memory_base(Register::None);
-        insn.set_memory_index(Register::None);
-        insn.set_memory_index_scale(1);
-        insn.set_memory_displ_size(0);
-        insn.set_memory_displacement64(0);
-    }
-    insn.set_has_repe_prefix(false);
-    insn.set_has_repne_prefix(false);
-}
-
 fn is_absolute(code: Code) -> bool {
     use Code::*;
     matches!(
@@ -178,24 +171,8 @@ fn is_absolute(code: Code) -> bool {
 /// What an instruction does that is either plain or runs on the host as it is.
 pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<Copyable> {
     let memory_at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
-    let operands = (0..insn.op_count()).all(|i| match insn.op_kind(i) {
-        OpKind::Register => {
-            let r = insn.op_register(i);
-            r.is_gpr() || r.is_xmm() || r.is_ymm() || r.is_st()
-        }
-        OpKind::Memory
-        | OpKind::Immediate8
-        | OpKind::Immediate8_2nd
-        | OpKind::Immediate16
-        | OpKind::Immediate32
-        | OpKind::Immediate64
-        | OpKind::Immediate8to16
-        | OpKind::Immediate8to32
-        | OpKind::Immediate8to64
-        | OpKind::Immediate32to64 => true,
-        _ => false,
-    });
-    if !operands {
+    let mmx = insn.op_kinds().enumerate().any(|(i, k)| k == OpKind::Register && insn.op_register(i as u32).is_mm());
+    if mmx || !operand::are_known(insn) {
         return None;
     }
     // A0 to A3 have a whole address.
@@ -248,7 +225,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
             return None;
         }
         let guest = register.full_register().number();
-        if !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess) {
+        if operand::writes(access) {
             copyable.writes |= 1 << guest;
         }
         if named >> guest & 1 == 0 {
@@ -264,11 +241,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
         }
         // A write of less than four bytes keeps the rest, and a condition may keep everything.
         let whole = access == OpAccess::Write && register.size() >= 4;
-        let carried = Carried {
-            guest: guest as u8,
-            read: !whole,
-            write: !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess),
-        };
+        let carried = Carried { guest: guest as u8, read: !whole, write: operand::writes(access) };
         match copyable.carried.iter().position(|c| c.is_some_and(|c| c.guest == carried.guest)) {
             Some(at) => {
                 if let Some(c) = &mut copyable.carried[at] {
@@ -282,8 +255,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
     copyable.vectors |=
         (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register());
     let defined = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & STATUS;
-    let by_cl = (0..insn.op_count())
-        .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::CL && i != 0);
+    let by_cl = operand::counts_by_cl(insn);
     copyable.flags_out = insn.rflags_modified() & STATUS != 0;
     let read = insn.rflags_read() & STATUS != 0;
     // What the manuals leave undefined is what the processor makes of it, and that may depend on what was there.
@@ -320,55 +292,9 @@ fn has_hidden_accumulator(info: &mut InstructionInfoFactory, insn: &Instruction)
     Some(found.used_registers().iter().any(|used| used.register().full_register() == Register::RAX))
 }
 
-/// Instructions that do nothing.
-pub fn is_nop(mnemonic: Mnemonic) -> bool {
-    use Mnemonic as M;
-    matches!(
-        mnemonic,
-        M::Nop
-            | M::Endbr64
-            | M::Endbr32
-            | M::Prefetch
-            | M::Prefetchw
-            | M::Prefetchwt1
-            | M::Prefetcht0
-            | M::Prefetcht1
-            | M::Prefetcht2
-            | M::Prefetchnta
-            | M::Reservednop
-    )
-}
-
-const LOW_BYTES: [Register; 16] = [
-    Register::AL,
-    Register::CL,
-    Register::DL,
-    Register::BL,
-    Register::SPL,
-    Register::BPL,
-    Register::SIL,
-    Register::DIL,
-    Register::R8L,
-    Register::R9L,
-    Register::R10L,
-    Register::R11L,
-    Register::R12L,
-    Register::R13L,
-    Register::R14L,
-    Register::R15L,
-];
-
 /// The part of host register `host` that corresponds to `register`; `None` for AH and its like where the number
 /// changes.
 pub fn renamed(register: Register, host: u8) -> Option<Register> {
-    if matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
-        return (register.full_register().number() == host as usize).then_some(register);
-    }
-    let first = match register.size() {
-        1 => return Some(LOW_BYTES[host as usize & 15]),
-        2 => Register::AX,
-        4 => Register::EAX,
-        _ => Register::RAX,
-    };
-    Some(first + u32::from(host))
+    let possible = !operand::is_high_byte(register) || register.full_register().number() == usize::from(host);
+    possible.then(|| operand::part(register, host))
 }

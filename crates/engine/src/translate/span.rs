@@ -5,14 +5,18 @@
 //! the page for all; the others only add the difference between host and guest addresses. Where a span turns out to
 //! cross pages the interpreter takes over, and a block in which that happens often is translated without spans.
 
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+use std::mem::offset_of;
+
+use iced_x86::{Code, Instruction, InstructionInfo, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 use super::{
-    HOST, STACK,
-    block::{Outline, Work},
+    HOST, STACK, State,
+    block::Work,
     emit::{Emitter, Label, Mem, T0, T1},
+    outline::Outline,
     thunks::state,
 };
+use crate::native::operand;
 
 /// Bytes that a span reaches over at most.
 const WIDEST: i64 = 256;
@@ -71,7 +75,7 @@ struct Touch {
     write: bool,
 }
 
-const SLOT: usize = std::mem::offset_of!(super::State, spans);
+const SLOT: usize = offset_of!(State, spans);
 
 impl Work<'_> {
     /// Sorts the block's accesses into spans.
@@ -81,7 +85,8 @@ impl Work<'_> {
         // The spans that are open for reading and for writing.
         let mut open: [[Option<usize>; 2]; 16] = [[None; 2]; 16];
         for insn in instructions {
-            let touch = self.touch(insn);
+            let found = self.t.info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+            let touch = touch(insn, found);
             let write = touch.as_ref().is_some_and(|t| t.write);
             let member = touch.and_then(|t| {
                 let at = shifts[usize::from(t.base)];
@@ -112,81 +117,9 @@ impl Work<'_> {
                 Some(Member { span, back: plan.spans[span].shift - at, write })
             });
             plan.members.push(member);
-            self.follow_registers(insn, &mut shifts, &mut open);
+            follow_registers(insn, found, &mut shifts, &mut open);
         }
         self.plan = plan;
-    }
-
-    /// What an instruction does to the registers that spans count from.
-    fn follow_registers(&mut self, insn: &Instruction, shifts: &mut [i64; 16], open: &mut [[Option<usize>; 2]; 16]) {
-        let stack = match insn.code() {
-            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Some(-8),
-            Code::Pop_r64 if insn.op0_register() != Register::RSP => Some(8),
-            _ => None,
-        };
-        let first = insn.op0_register();
-        let by_constant = insn.op0_kind() == OpKind::Register && first.is_gpr64();
-        let shifted = match insn.mnemonic() {
-            Mnemonic::Add if by_constant => insn.try_immediate(1).ok().map(|i| i as i64),
-            Mnemonic::Sub if by_constant => insn.try_immediate(1).ok().map(|i| (i as i64).wrapping_neg()),
-            Mnemonic::Inc if by_constant => Some(1),
-            Mnemonic::Dec if by_constant => Some(-1),
-            Mnemonic::Lea
-                if by_constant
-                    && insn.memory_base() == first
-                    && insn.memory_index() == Register::None
-                    && insn.segment_prefix() == Register::None =>
-            {
-                Some(insn.memory_displacement64() as i64)
-            }
-            _ => None,
-        }
-        .filter(|by| i32::try_from(*by).is_ok());
-        let found = self.t.info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
-        for used in found.used_registers() {
-            let register = used.register();
-            let reads = matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-            if reads || !register.is_gpr() {
-                continue;
-            }
-            let guest = register.full_register().number();
-            match (stack, shifted) {
-                (Some(by), _) if guest == 4 => shifts[4] += by,
-                (None, Some(by)) if first.full_register() == register.full_register() => shifts[guest] += by,
-                _ => open[guest] = [None; 2],
-            }
-        }
-    }
-
-    /// The access of an instruction that is a candidate.
-    fn touch(&mut self, insn: &Instruction) -> Option<Touch> {
-        let stack = |disp, write| Some(Touch { base: 4, disp, bytes: 8, write });
-        match insn.code() {
-            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Call_rel32_64 => return stack(-8, true),
-            Code::Pop_r64 | Code::Retnq | Code::Retnq_imm16 => return stack(0, false),
-            Code::Leaveq => return Some(Touch { base: 5, disp: 0, bytes: 8, write: false }),
-            _ => {}
-        }
-        let at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;
-        let base = insn.memory_base();
-        let plain = base.is_gpr64()
-            && insn.memory_index() == Register::None
-            && !matches!(insn.memory_segment(), Register::FS | Register::GS)
-            && !insn.is_stack_instruction()
-            && insn.flow_control() == iced_x86::FlowControl::Next
-            && insn.mnemonic() != Mnemonic::Lea;
-        let bytes = insn.memory_size().size();
-        if !plain || HOST[base.number()].is_none() || !(1..=32).contains(&bytes) {
-            return None;
-        }
-        let disp = i64::from(i32::try_from(insn.memory_displacement64() as i64).ok()?);
-        let found = self.t.info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let write = match found.op_access(at) {
-            OpAccess::None | OpAccess::NoMemAccess => return None,
-            OpAccess::Read | OpAccess::CondRead => false,
-            _ => true,
-        };
-        Some(Touch { base: base.number() as u8, disp, bytes: bytes as i64, write })
     }
 
     /// At the start of a body: nothing is known.
@@ -274,11 +207,80 @@ impl Work<'_> {
 
 /// Says in the state what bytes a span covers, from the operand that leads it.
 pub fn note(e: &mut Emitter, (from, bytes): (i32, u32)) {
-    for (value, offset) in [
-        (from as u32, std::mem::offset_of!(super::State, span_from)),
-        (bytes, std::mem::offset_of!(super::State, span_bytes)),
-    ] {
-        e.rm(false, &[0xc7], 0, state(offset));
-        e.raw(&value.to_le_bytes());
+    e.set32(state(offset_of!(State, span_from)), from as u32);
+    e.set32(state(offset_of!(State, span_bytes)), bytes);
+}
+
+/// What an instruction does to the registers that spans count from.
+fn follow_registers(
+    insn: &Instruction,
+    found: &InstructionInfo,
+    shifts: &mut [i64; 16],
+    open: &mut [[Option<usize>; 2]; 16],
+) {
+    let stack = match insn.code() {
+        Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Some(-8),
+        Code::Pop_r64 if insn.op0_register() != Register::RSP => Some(8),
+        _ => None,
+    };
+    let first = insn.op0_register();
+    let by_constant = insn.op0_kind() == OpKind::Register && first.is_gpr64();
+    let shifted = match insn.mnemonic() {
+        Mnemonic::Add if by_constant => insn.try_immediate(1).ok().map(|i| i as i64),
+        Mnemonic::Sub if by_constant => insn.try_immediate(1).ok().map(|i| (i as i64).wrapping_neg()),
+        Mnemonic::Inc if by_constant => Some(1),
+        Mnemonic::Dec if by_constant => Some(-1),
+        Mnemonic::Lea
+            if by_constant
+                && insn.memory_base() == first
+                && insn.memory_index() == Register::None
+                && insn.segment_prefix() == Register::None =>
+        {
+            Some(insn.memory_displacement64() as i64)
+        }
+        _ => None,
     }
+    .filter(|by| i32::try_from(*by).is_ok());
+    for used in found.used_registers() {
+        let register = used.register();
+        if !operand::writes(used.access()) || !register.is_gpr() {
+            continue;
+        }
+        let guest = register.full_register().number();
+        match (stack, shifted) {
+            (Some(by), _) if guest == 4 => shifts[4] += by,
+            (None, Some(by)) if first.full_register() == register.full_register() => shifts[guest] += by,
+            _ => open[guest] = [None; 2],
+        }
+    }
+}
+
+/// The access of an instruction that is a candidate.
+fn touch(insn: &Instruction, found: &InstructionInfo) -> Option<Touch> {
+    let stack = |disp, write| Some(Touch { base: 4, disp, bytes: 8, write });
+    match insn.code() {
+        Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Call_rel32_64 => return stack(-8, true),
+        Code::Pop_r64 | Code::Retnq | Code::Retnq_imm16 => return stack(0, false),
+        Code::Leaveq => return Some(Touch { base: 5, disp: 0, bytes: 8, write: false }),
+        _ => {}
+    }
+    let at = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;
+    let base = insn.memory_base();
+    let plain = base.is_gpr64()
+        && insn.memory_index() == Register::None
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
+        && !insn.is_stack_instruction()
+        && insn.flow_control() == iced_x86::FlowControl::Next
+        && insn.mnemonic() != Mnemonic::Lea;
+    let bytes = insn.memory_size().size();
+    if !plain || HOST[base.number()].is_none() || !(1..=32).contains(&bytes) {
+        return None;
+    }
+    let disp = i64::from(i32::try_from(insn.memory_displacement64() as i64).ok()?);
+    let write = match found.op_access(at) {
+        OpAccess::None | OpAccess::NoMemAccess => return None,
+        OpAccess::Read | OpAccess::CondRead => false,
+        _ => true,
+    };
+    Some(Touch { base: base.number() as u8, disp, bytes: bytes as i64, write })
 }

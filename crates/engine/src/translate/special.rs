@@ -1,26 +1,28 @@
 //! Instructions with code of their own, in the place of a copy.
 
+use std::mem::offset_of;
+
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::{
-    HOST, STACK,
-    block::{Outline, Work, host_mask},
+    HOST, STACK, State,
+    block::{Work, host_mask},
     emit::{Mem, T0, T1, cc},
     flags::Flags,
-    operand,
+    outline::Outline,
     span::Reach,
     thunks::{FLAGS, gpr, state},
     vectors,
 };
 use crate::{
     cpu::{Cpu, Segment},
-    regs::slot,
+    decode::is_nop,
     uop::Uop,
 };
 
-const SCRATCH: Mem = state(std::mem::offset_of!(super::State, scratch));
-const TARGET: Mem = state(std::mem::offset_of!(super::State, target));
-const RFLAGS: Mem = Mem::State(std::mem::offset_of!(Cpu, rflags));
+const SCRATCH: Mem = state(offset_of!(State, scratch));
+const TARGET: Mem = state(offset_of!(State, target));
+const RFLAGS: Mem = Mem::State(offset_of!(Cpu, rflags));
 
 impl Work<'_> {
     pub(super) fn special(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
@@ -67,21 +69,17 @@ impl Work<'_> {
                 self.e().raw(&[0xc5, 0xf8, 0x77]);
                 true
             }
-            _ => operand::is_nop(insn.mnemonic()),
+            _ => is_nop(insn.mnemonic()),
         }
     }
 
     fn lea(&mut self, insn: &Instruction, op: &Uop) -> bool {
-        let size = insn.op0_register().size();
-        if size < 4 || !self.addressable(op) {
-            return false;
-        }
-        let disp = i64::from(op.disp) + if usize::from(op.base) == slot::BLOCK { self.start } else { 0 };
+        let Some(disp) = self.displacement(op) else { return false };
         let guest = op.dst / 8;
         let to = HOST[usize::from(guest)].unwrap_or(T0);
         self.keep_recipe(1 << to);
-        self.offset(usize::from(op.base), usize::from(op.index), op.scale, disp as i32, to);
-        if size == 4 {
+        self.offset(op, disp, to);
+        if insn.op0_register().size() == 4 {
             self.e().mov32(to, to);
         }
         if to == T0 {
@@ -194,11 +192,9 @@ impl Work<'_> {
     }
 
     fn push_memory(&mut self, op: &Uop, index: usize) -> bool {
-        if !self.addressable(op) {
-            return false;
-        }
+        let Some(disp) = self.displacement(op) else { return false };
         self.keep_flags(1 << STACK);
-        let _ = self.address(op, i64::from(op.disp));
+        self.address(op, disp);
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
         self.e().load(T0, Mem::Base(T0, 0));
@@ -240,14 +236,15 @@ impl Work<'_> {
         let wide = matches!(insn.code(), Code::Div_rm64 | Code::Idiv_rm64);
         let signed = matches!(insn.code(), Code::Idiv_rm32 | Code::Idiv_rm64);
         let memory = insn.op0_kind() == OpKind::Memory;
-        if memory && !self.addressable(op) {
+        let disp = self.displacement(op);
+        if memory && disp.is_none() {
             return false;
         }
         self.pack();
         let done = self.e().label();
         // The divisor in T1, unless it is RDX: there it always overflows or is zero, or is signed and rare.
-        if memory {
-            let _ = self.address(op, i64::from(op.disp));
+        if let (true, Some(disp)) = (memory, disp) {
+            self.address(op, disp);
             self.access(index, if wide { 8 } else { 4 }, false, 1, done);
             self.e().rm(wide, &[0x8b], T1, Mem::Base(T0, 0));
         } else {
@@ -290,11 +287,9 @@ impl Work<'_> {
     fn bit_string(&mut self, insn: &Instruction, op: &Uop, index: usize, change: Option<u8>) -> bool {
         let wide = insn.op1_register().size() == 8;
         let (guest, bytes) = (op.src / 8, if wide { 8 } else { 4 });
-        if !self.addressable(op) {
-            return false;
-        }
+        let Some(disp) = self.displacement(op) else { return false };
         self.pack();
-        let _ = self.address(op, i64::from(op.disp));
+        self.address(op, disp);
         // The offset reaches beyond the operand in steps of its size.
         let bits = HOST[usize::from(guest)];
         match (bits, wide) {
@@ -339,7 +334,7 @@ impl Work<'_> {
         self.drop_held();
         self.pack();
         let (odd, done) = (self.e().label(), self.e().label());
-        self.e().test_byte(state(std::mem::offset_of!(super::State, tsc_direct)), 1);
+        self.e().test_byte(state(offset_of!(State, tsc_direct)), 1);
         self.e().jcc(cc::E, odd);
         if with_aux {
             // Earlier instructions are done first.
@@ -348,13 +343,13 @@ impl Work<'_> {
         self.e().raw(&[0x0f, 0x31]);
         self.e().shift(true, 4, HIGH, 32);
         self.e().rr(true, &[0x09], HIGH, T0);
-        self.e().rm(true, &[0x03], T0, state(std::mem::offset_of!(super::State, tsc_offset)));
+        self.e().rm(true, &[0x03], T0, state(offset_of!(State, tsc_offset)));
         self.e().mov(HIGH, T0);
         self.e().shift(true, 5, HIGH, 32);
         self.e().mov32(LOW, T0);
         if with_aux {
             const COUNTER: u8 = 1;
-            let aux = std::mem::offset_of!(Cpu, msr) + std::mem::offset_of!(crate::cpu::Msrs, tsc_aux);
+            let aux = offset_of!(Cpu, msr) + offset_of!(crate::cpu::Msrs, tsc_aux);
             self.e().load32(COUNTER, Mem::State(aux));
         }
         let site = self.site(index, 1, false);
@@ -363,23 +358,19 @@ impl Work<'_> {
         self.e().bind(done);
     }
 
-    fn want_mxcsr(&mut self, insn: &Instruction, op: &Uop) -> bool {
+    /// Brings MXCSR in; the displacement of its operand, if its address can be made here.
+    fn want_mxcsr(&mut self, insn: &Instruction, op: &Uop) -> Option<i32> {
         let vex = matches!(insn.code(), Code::VEX_Vstmxcsr_m32 | Code::VEX_Vldmxcsr_m32);
-        let ok = self.addressable(op);
-        if ok {
-            let wanted = if vex { vectors::AVX } else { vectors::SSE };
-            self.want_vectors(wanted, self.start as i32 + i32::from(op.off));
-            self.keep_flags(0);
-        }
-        ok
+        let disp = self.displacement(op)?;
+        self.want_vectors(if vex { vectors::AVX } else { vectors::SSE }, self.start as i32 + i32::from(op.off));
+        self.keep_flags(0);
+        Some(disp)
     }
 
     /// While vectors are in the host's registers, so is MXCSR.
     fn store_mxcsr(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
-        if !self.want_mxcsr(insn, op) {
-            return false;
-        }
-        let _ = self.address(op, i64::from(op.disp));
+        let Some(disp) = self.want_mxcsr(insn, op) else { return false };
+        self.address(op, disp);
         let done = self.e().label();
         self.access(index, 4, true, 1, done);
         self.e().rm(false, &[0x0f, 0xae], 3, Mem::Base(T0, 0));
@@ -389,11 +380,9 @@ impl Work<'_> {
 
     /// A value that unmasks exceptions, or that is refused, is the interpreter's.
     fn load_mxcsr(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {
-        if !self.want_mxcsr(insn, op) {
-            return false;
-        }
+        let Some(disp) = self.want_mxcsr(insn, op) else { return false };
         self.pack();
-        let _ = self.address(op, i64::from(op.disp));
+        self.address(op, disp);
         // What the interpreter did instead may have changed how vectors are to be treated: nothing goes on behind it.
         let (done, odd) = (self.e().label(), self.e().label());
         let site = self.site(index, 1, false);
@@ -413,9 +402,7 @@ impl Work<'_> {
 
     /// MOV r, Sreg.
     fn selector(&mut self, op: &Uop) {
-        let at = std::mem::offset_of!(Cpu, seg)
-            + usize::from(op.src) * size_of::<Segment>()
-            + std::mem::offset_of!(Segment, selector);
+        let at = offset_of!(Cpu, seg) + usize::from(op.src) * size_of::<Segment>() + offset_of!(Segment, selector);
         let guest = op.dst / 8;
         let to = HOST[usize::from(guest)].unwrap_or(T0);
         self.keep_recipe(1 << to);
@@ -430,7 +417,7 @@ impl Work<'_> {
         self.drop_held();
         self.pack();
         let (odd, done) = (self.e().label(), self.e().label());
-        self.e().cmp_byte(Mem::State(std::mem::offset_of!(Cpu, cpl)), 0);
+        self.e().cmp_byte(Mem::State(offset_of!(Cpu, cpl)), 0);
         self.e().jcc(cc::NE, odd);
         self.e().group1_mem(false, 4, RFLAGS, !(crate::cpu::rflags::IF as i32));
         let site = self.site(index, 1, false);

@@ -2,12 +2,14 @@
 
 use std::mem::offset_of;
 
+use iced_x86::CpuidFeature;
+
 use super::{
     HOST, Left, State,
     emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
     leave,
 };
-use crate::{cpu::Cpu, regs::Regs};
+use crate::{cpu::Cpu, native::FeatureSet, regs::Regs};
 
 pub const fn state(offset: usize) -> Mem {
     Mem::State(offset_of!(Cpu, translated) + offset)
@@ -26,7 +28,7 @@ const RIP: Mem = Mem::State(offset_of!(Cpu, rip));
 /// Addresses of what translations call and jump to.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Thunks {
-    /// `extern "sysv64" fn(cpu, code)`: runs translated code until it leaves. GS points at the `Cpu`.
+    /// `extern "C" fn(cpu, code)`: runs translated code until it leaves. GS points at the `Cpu`.
     pub enter: u64,
     /// Jump: leave; the next instruction is at page offset EAX.
     pub leave_at: u64,
@@ -110,7 +112,7 @@ impl Maker {
             self.e.raw(&[0xc5, 0xf8, 0x77]);
         }
         if forget {
-            self.set32(VECTORS, 0);
+            self.e.set32(VECTORS, 0);
         }
         self.e.bind(none);
     }
@@ -119,11 +121,6 @@ impl Maker {
         for register in 0..16 {
             self.vector(0x28, register);
         }
-    }
-
-    fn set32(&mut self, mem: Mem, value: u32) {
-        self.e.rm(false, &[0xc7], 0, mem);
-        self.e.raw(&value.to_le_bytes());
     }
 
     /// Calls a Rust function with the `Cpu`, R15 and RAX.
@@ -135,9 +132,16 @@ impl Maker {
         self.e.raw(&[0xff, 0xd0]);
     }
 
+    /// Calls one with all registers in memory.
+    fn help(&mut self, forget_vectors: bool, function: u64) {
+        self.store_registers();
+        self.store_vectors(forget_vectors);
+        self.call(function);
+    }
+
     /// Everything to memory and back to the caller of [`Thunks::enter`].
     fn leave(&mut self, left: Left) {
-        self.set32(LEFT, left as u32);
+        self.e.set32(LEFT, left as u32);
         self.store_registers();
         self.store_vectors(true);
         self.e.jmp(self.tail);
@@ -156,7 +160,7 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     let mut e = Emitter::default();
     e.start(address);
     let tail = e.label();
-    let mut m = Maker { e, avx: host_has_avx(), tail };
+    let mut m = Maker { e, avx: FeatureSet::host().contains_all(&[CpuidFeature::AVX]), tail };
     let mut thunks = Thunks { enter: m.entry(), ..Thunks::default() };
     let saved = [3, 5, 12, 13, 14, 15];
     for register in saved {
@@ -204,31 +208,23 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
 
     let dropped = m.e.label();
     thunks.interpret = m.entry();
-    m.store_registers();
-    m.store_vectors(true);
-    m.call(leave::interpret as *const () as u64);
+    m.help(true, leave::interpret as *const () as u64);
     m.e.group1(true, 7, T0, 1);
     m.e.jcc(cc::E, dropped);
     m.load_registers();
     m.e.ret();
 
     thunks.careful = m.entry();
-    m.store_registers();
-    m.store_vectors(false);
-    m.call(leave::careful as *const () as u64);
+    m.help(false, leave::careful as *const () as u64);
     let reload = m.e.label();
     m.e.jmp(reload);
 
     thunks.span = m.entry();
-    m.store_registers();
-    m.store_vectors(false);
-    m.call(leave::span as *const () as u64);
+    m.help(false, leave::span as *const () as u64);
     m.e.jmp(reload);
 
     thunks.slow = m.entry();
-    m.store_registers();
-    m.store_vectors(false);
-    m.call(leave::slow as *const () as u64);
+    m.help(false, leave::slow as *const () as u64);
     m.e.bind(reload);
     m.e.group1(true, 7, T0, 1);
     m.e.jcc(cc::E, dropped);
@@ -243,17 +239,13 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
 
     thunks.x87 = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));
-    m.store_registers();
-    m.store_vectors(false);
-    m.call(leave::bring_x87 as *const () as u64);
+    m.help(false, leave::bring_x87 as *const () as u64);
     m.e.jmp(reload);
 
     thunks.vectors = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));
-    m.store_registers();
     // They may be in, but not for what is wanted: AVX where only SSE may run.
-    m.store_vectors(true);
-    m.call(leave::bring_vectors as *const () as u64);
+    m.help(true, leave::bring_vectors as *const () as u64);
     m.e.group1(true, 7, T0, 1);
     m.e.jcc(cc::E, dropped);
     m.load_vectors();
@@ -262,7 +254,7 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
 
     // A helper has said how to go on: registers are in memory already.
     m.e.bind(dropped);
-    m.set32(VECTORS, 0);
+    m.e.set32(VECTORS, 0);
     m.e.group1(true, 0, RSP, 8);
     m.e.bind(tail);
     for register in saved.into_iter().rev() {
@@ -271,13 +263,4 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.e.ret();
     m.e.resolve();
     (m.e.code, thunks)
-}
-
-pub fn host_has_avx() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        std::is_x86_feature_detected!("avx")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
 }
