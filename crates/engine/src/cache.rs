@@ -30,6 +30,12 @@ pub struct Block {
     /// How often a span of its translation crossed pages; from [`crate::translate::span::CROSSINGS`] on it is translated
     /// without.
     pub crossings: u16,
+    /// It is run so often that it is worth more: see [`crate::translate::window`].
+    pub hot: bool,
+    /// Times that it was seen while hot code was looked for.
+    pub heat: u8,
+    /// Ops whose accesses do without windows all the same.
+    pub plain: u64,
     /// Instructions.
     pub count: u8,
     /// Ops that stand for instructions (fewer where some are fused).
@@ -170,6 +176,9 @@ impl BlockCache {
             dead: 0,
             checked: 0,
             crossings: 0,
+            hot: false,
+            heat: 0,
+            plain: 0,
             runs_left: self.promote.saturating_mul(1 << changes),
             ops,
             count: count as u8,

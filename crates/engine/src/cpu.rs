@@ -10,6 +10,7 @@ use crate::{
     cache::{Block, BlockCache},
     clock::VcpuClock,
     fault::{Fault, Run, Stop},
+    heat::Pulse,
     machine::{CodeMail, Shared},
     msr::MsrFile,
     native::{Fpu, Special, Stub, StubCache},
@@ -93,6 +94,8 @@ pub mod mode {
     pub const STACK32: u8 = 1 << 2;
     /// One instruction to a block (single step, breakpoints).
     pub const SINGLE: u8 = 1 << 3;
+    /// With user privilege: what translations know of memory is of one privilege.
+    pub const USER: u8 = 1 << 4;
 }
 
 pub use vireo_cpu::Segment;
@@ -223,6 +226,8 @@ pub struct Cpu {
     pub kept_specials: Vec<Box<Special>>,
     /// Taken out while it works; `None` also where there is no translator.
     pub translator: Option<Box<Translator>>,
+    /// Says when to look for hot code, while the vCPU runs.
+    pub pulse: Option<Pulse>,
     /// Kept between decodings for its allocation.
     pub scratch_ops: Vec<Uop>,
     pub plain_msrs: MsrFile,
@@ -345,13 +350,16 @@ impl Cpu {
             self.system_data
         };
         self.code = &raw const *self.tlb.code(self.cpl == 3);
+        self.mode = self.mode & !mode::USER | if self.cpl == 3 { mode::USER } else { 0 };
         let watched = self.debug[5] & 0xff != 0
             && (0..4).any(|i| self.debug[5] >> (i * 2) & 3 != 0 && self.debug[5] >> (16 + i * 4) & 1 != 0);
         let aligned = self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.rflags & rflags::AC != 0;
         self.inspect = watched || aligned;
         if self.inspect {
             self.data = self.tlb.empty();
+            self.tlb.windows.forget_all();
         }
+        self.translated.window_set = if ac || self.inspect { 0 } else { self.data as u64 };
         self.next = ptr::null();
         self.link = ptr::null_mut();
     }

@@ -25,6 +25,7 @@ use crate::{
     cpu::{Counters, Cpu, Msrs},
     cpuid,
     fault::Fault,
+    heat::Pulse,
     machine::{CodeMail, DeviceWrites, Shared},
     msr::MsrFile,
     native::{FeatureSet, Fpu, StubCache},
@@ -151,6 +152,7 @@ impl Engine for SoftEngine {
             kept_stubs: Default::default(),
             kept_specials: Vec::new(),
             translator: cfg!(target_arch = "x86_64").then(|| Box::new(Translator::new())),
+            pulse: None,
             scratch_ops: Vec::new(),
             plain_msrs: MsrFile::default(),
             efer_extra: efer_extra(&table),
@@ -164,6 +166,8 @@ impl Engine for SoftEngine {
             counters: Counters::default(),
         });
         cpu.cache.promote = self.promote;
+        // SAFETY: once, and both are the same `Cpu`'s.
+        cpu.tlb.windows = unsafe { cpu.cache.code.windows() };
         cpu.translated.counts = self.counts.load(Ordering::Relaxed);
         cpu.translated.cpu = &raw const *cpu as u64;
         cpu.translated.requests = cpu.signal.word();
@@ -212,7 +216,11 @@ impl Vcpu for SoftVcpu {
         // SAFETY: only the lifetime changes; the pointer is replaced before this call, and with it the borrow, ends.
         let cpu = self.cpu.get_mut();
         cpu.bus = unsafe { std::mem::transmute::<*const (dyn Bus + '_), *const (dyn Bus + 'static)>(bus) };
+        // Where there is no such timer, nothing is hot.
+        // SAFETY: the vCPU's own word, and the timer goes before this returns.
+        cpu.pulse = if cpu.cache.promote > 1 { unsafe { Pulse::new(cpu.signal.word()) }.ok() } else { None };
         let exit = cpu.run_loop();
+        cpu.pulse = None;
         cpu.park_fpu();
         cpu.bus = &raw const NO_BUS;
         Ok(exit)

@@ -17,6 +17,7 @@ pub mod cpuid;
 mod decode;
 mod engine;
 mod fault;
+mod heat;
 mod int;
 mod interrupt;
 mod machine;

@@ -104,11 +104,15 @@ impl Cpu {
                 Left::Cross => self.link_across(block),
                 _ => {}
             }
-            let ctl = if !single && !self.translated.interpret && self.is_translated(block) {
+            let looking = self.translated.trace != 0;
+            let ctl = if !single && !self.translated.interpret && !looking && self.is_translated(block) {
                 // SAFETY: a translation of a block that is alive.
                 unsafe { self.run_translation(block) }
             } else {
                 self.translated.interpret = false;
+                if looking {
+                    self.warm(block);
+                }
                 // SAFETY: as above; a block's ops are handlers made for it.
                 unsafe {
                     self.counters.instructions += u64::from((*block).count);
@@ -208,6 +212,8 @@ impl Cpu {
                 self.translated.interpret = true;
                 // SAFETY: the block is alive: nothing was decoded meanwhile.
                 if unsafe { (*at).crossings } == span::CROSSINGS {
+                    // SAFETY: as above.
+                    unsafe { (*at.cast_mut()).crossings += 1 };
                     self.translate_again(at.cast_mut());
                 }
             }
@@ -224,7 +230,7 @@ impl Cpu {
     pub fn successor(&mut self) -> *const Block {
         let t = &self.translated;
         let on = t.left == Left::Next || (t.left == Left::Handler && t.ctl == Ctl::Next);
-        let plain = self.mode == mode::CODE64 && !self.shadow && self.signal.pending() == 0;
+        let plain = self.mode & !mode::USER == mode::CODE64 && !self.shadow && self.signal.pending() == 0;
         if !on || !plain || self.crash.is_some() || !self.suspended.is_empty() {
             return ptr::null();
         }
@@ -256,11 +262,10 @@ impl Cpu {
     }
 
     /// Replaces a translation; whoever jumps to the old one comes to the new.
-    fn translate_again(&mut self, block: *mut Block) {
+    pub fn translate_again(&mut self, block: *mut Block) {
         // SAFETY: the block is alive.
         unsafe {
             let old = (*block).entry;
-            (*block).crossings += 1;
             if old != 0 && (*block).valid && self.translate_block(block) {
                 self.cache.code.cut(old as usize, (*block).entry as usize);
             }
@@ -436,6 +441,9 @@ impl Cpu {
             if requests & request::TIMER != 0 {
                 self.apic.timer_due();
             }
+            if requests & request::HOT != 0 {
+                self.look_for_heat();
+            }
             if requests & request::INIT != 0 {
                 self.init();
             }
@@ -558,6 +566,8 @@ impl Cpu {
         // Their places will be other instructions'.
         self.suspended.clear();
         self.tlb.flush_jumps();
+        self.tlb.windows.clear();
+        self.translated.again.clear();
         if self.stubs_full {
             self.stubs.flush();
             self.kept_stubs.clear();

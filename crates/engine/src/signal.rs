@@ -29,6 +29,10 @@ pub mod request {
     pub const CODE: u32 = 1 << 5;
     /// The local APIC timer is due.
     pub const TIMER: u32 = 1 << 6;
+    /// Time to look what is hot, or to translate something again.
+    pub const HOT: u32 = 1 << 7;
+    /// What nobody need be woken for.
+    pub const QUIET: u32 = CODE | HOT;
 }
 
 /// One vCPU's request word and the place where it sleeps when halted.
@@ -85,7 +89,7 @@ impl VcpuSignal {
             let limit = Duration::from_nanos(patience.into());
             while begun.elapsed() < limit {
                 for _ in 0..16 {
-                    if self.requests.load(Ordering::SeqCst) & !request::CODE != 0 {
+                    if self.requests.load(Ordering::SeqCst) & !request::QUIET != 0 {
                         return;
                     }
                     std::hint::spin_loop();
@@ -106,7 +110,7 @@ impl VcpuSignal {
     fn sleep_well(&self, until: Option<Instant>) {
         let Ok(mut guard) = self.lock.lock() else { return };
         self.asleep.store(true, Ordering::SeqCst);
-        while self.requests.load(Ordering::SeqCst) & !request::CODE == 0 {
+        while self.requests.load(Ordering::SeqCst) & !request::QUIET == 0 {
             match until {
                 None => match self.wake.wait(guard) {
                     Ok(g) => guard = g,

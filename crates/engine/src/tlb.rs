@@ -5,7 +5,11 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use crate::{cache::Block, mmu::Translation};
+use crate::{
+    cache::Block,
+    mmu::Translation,
+    translate::window::{Kind, Windows},
+};
 
 pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 2048;
@@ -27,6 +31,8 @@ pub struct Entry {
     pub host: u64,
     /// From a linear address to the host's.
     pub difference: u64,
+    /// The page is the same in all address spaces.
+    pub global: u64,
 }
 
 /// Makes an entry's tag that of a page which has its entry at another index, far from this one.
@@ -40,13 +46,13 @@ impl Entry {
     /// An entry that no access matches: the tag is of a page that another entry stands for, and not of the page
     /// before or after, which an access may reach into.
     const fn invalid(index: usize) -> Self {
-        Self { tag: (index as u64) << 12 ^ ELSEWHERE, host: 0, difference: 0 }
+        Self { tag: (index as u64) << 12 ^ ELSEWHERE, host: 0, difference: 0, global: 0 }
     }
 
     /// An entry that no access matches either, but that says where a page is which may be written the slow way only:
     /// a watched one. Instead of a difference it has the guest-physical address.
     const fn watched(page: u64, host: u64, gpa: u64) -> Self {
-        Self { tag: page ^ ELSEWHERE, host, difference: gpa }
+        Self { tag: page ^ ELSEWHERE, host, difference: gpa, global: 0 }
     }
 
     /// Host and guest-physical address of `linear`, if this is the entry of a watched page that has it.
@@ -159,7 +165,8 @@ impl DataSet {
 
     pub fn fill(&mut self, linear: u64, host: *mut u8, write: bool, found: &Translation) {
         let page = linear & !PAGE_MASK;
-        let entry = Entry { tag: page, host: host as u64, difference: (host as u64).wrapping_sub(page) };
+        let difference = (host as u64).wrapping_sub(page);
+        let entry = Entry { tag: page, host: host as u64, difference, global: found.global.into() };
         self.put(linear, entry, write, found);
     }
 
@@ -184,9 +191,11 @@ impl DataSet {
         self.large.note(linear, found.shift);
     }
 
-    fn flush_page(&mut self, linear: u64) {
+    /// Whether everything was dropped: a large page may be among it.
+    fn flush_page(&mut self, linear: u64) -> bool {
         if self.large.contain(linear) {
-            return self.flush();
+            self.flush();
+            return true;
         }
         let page = linear & !PAGE_MASK;
         for table in [&mut self.read, &mut self.write] {
@@ -195,6 +204,7 @@ impl DataSet {
                 *entry = Entry::invalid(index(linear));
             }
         }
+        false
     }
 
     /// Drops the write entries that lead to this host page; whether there were any.
@@ -476,10 +486,11 @@ impl Space {
         self.empty = true;
     }
 
-    fn flush_page(&mut self, linear: u64) {
-        self.user.flush_page(linear);
+    /// Whether everything that user code sees was dropped.
+    fn flush_page(&mut self, linear: u64) -> bool {
         self.supervisor_ac.flush_page(linear);
         self.user_code.flush_page(linear);
+        self.user.flush_page(linear)
     }
 }
 
@@ -492,13 +503,15 @@ pub struct Tlb {
     pub flushes: u64,
     /// A set that nothing is ever filled into.
     empty: Option<Box<Space>>,
+    /// What hot code knows of the kernel's set and of the current space's.
+    pub windows: Windows,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
         let mut spaces = vec![Space::boxed()];
         spaces[0].empty = false;
-        Self { kernel: Kernel::boxed(), spaces, current: 0, clock: 0, flushes: 0, empty: None }
+        Self { kernel: Kernel::boxed(), spaces, current: 0, clock: 0, flushes: 0, empty: None, windows: Windows::default() }
     }
 }
 
@@ -523,6 +536,8 @@ impl Tlb {
     pub fn switch(&mut self, pcid: u16, keep: bool) {
         self.clock += 1;
         self.kernel.flush_local();
+        self.windows.forget(Kind::Local);
+        self.windows.forget(Kind::User);
         let found = self.spaces.iter().position(|s| s.pcid == pcid);
         let at = match found {
             Some(at) => at,
@@ -545,6 +560,7 @@ impl Tlb {
 
     pub fn flush_all(&mut self) {
         self.flushes += 1;
+        self.windows.forget_all();
         self.kernel.flush();
         for space in &mut self.spaces {
             if !space.empty {
@@ -558,6 +574,8 @@ impl Tlb {
     pub fn flush_space(&mut self, pcid: u16) {
         let current = self.current;
         self.kernel.flush_local();
+        self.windows.forget(Kind::Local);
+        self.windows.forget(Kind::User);
         for (i, space) in self.spaces.iter_mut().enumerate().filter(|(_, s)| s.pcid == pcid) {
             space.flush();
             space.empty = i != current;
@@ -566,11 +584,17 @@ impl Tlb {
 
     /// One page, in every space: its translation may be global.
     pub fn flush_page(&mut self, linear: u64) {
-        self.kernel.data.flush_page(linear);
-        self.kernel.code.flush_page(linear);
-        for space in self.spaces.iter_mut().filter(|s| !s.empty) {
-            space.flush_page(linear);
+        if self.kernel.data.flush_page(linear) {
+            self.windows.forget(Kind::Global);
+            self.windows.forget(Kind::Local);
         }
+        self.kernel.code.flush_page(linear);
+        for (i, space) in self.spaces.iter_mut().enumerate().filter(|(_, s)| !s.empty) {
+            if space.flush_page(linear) && i == self.current {
+                self.windows.forget(Kind::User);
+            }
+        }
+        self.windows.forget_page(linear);
     }
 
     /// From now on writes to this host page take the slow path; whether any may have gone the quick one.
@@ -581,7 +605,7 @@ impl Tlb {
                 any |= set.forbid_writes(host);
             }
         }
-        any
+        any | self.windows.forbid_writes(host)
     }
 
     /// Forgets which blocks start where (they are about to be freed).

@@ -19,10 +19,11 @@ pub(super) struct Arena {
     used: usize,
 }
 
-/// A mapping of `bytes` bytes with a guard page on either side.
+/// A mapping of `bytes` bytes with a guard page on either side, and `data` bytes of plain memory with one behind.
 struct View {
     reserved: NonNull<u8>,
     bytes: usize,
+    data: usize,
 }
 
 const GUARD: usize = 4096;
@@ -35,12 +36,17 @@ unsafe impl Send for DualMapping {}
 impl DualMapping {
     /// Reserves `bytes` (a multiple of the page size). Pages cost memory only once they are written.
     pub(crate) fn new(bytes: usize) -> io::Result<Self> {
+        Self::with_data(bytes, 0)
+    }
+
+    /// The same with so many bytes of data behind the executable view and its guard page.
+    pub(crate) fn with_data(bytes: usize, data: usize) -> io::Result<Self> {
         let fd = memfd()?;
         // SAFETY: `fd` is a memfd that was just created and is owned here.
         let sized = unsafe { libc::ftruncate(fd, bytes as libc::off_t) };
         let views = if sized == 0 {
-            View::new(fd, bytes, libc::PROT_READ | libc::PROT_WRITE)
-                .and_then(|w| Ok((w, View::new(fd, bytes, libc::PROT_READ | libc::PROT_EXEC)?)))
+            View::new(fd, bytes, libc::PROT_READ | libc::PROT_WRITE, 0)
+                .and_then(|w| Ok((w, View::new(fd, bytes, libc::PROT_READ | libc::PROT_EXEC, data)?)))
         } else {
             Err(io::Error::last_os_error())
         };
@@ -60,6 +66,11 @@ impl DualMapping {
 
     pub(crate) fn executable(&self) -> *const u8 {
         self.executable.start()
+    }
+
+    /// Where the data are: zeroes at first.
+    pub(crate) fn data(&self) -> *mut u8 {
+        self.executable.start().wrapping_add(self.executable.bytes + GUARD)
     }
 }
 
@@ -109,12 +120,12 @@ impl Arena {
 }
 
 impl View {
-    fn new(fd: libc::c_int, bytes: usize, protection: libc::c_int) -> io::Result<Self> {
+    fn new(fd: libc::c_int, bytes: usize, protection: libc::c_int, data: usize) -> io::Result<Self> {
         // SAFETY: an anonymous reservation at an address of the kernel's choice touches nothing that exists.
         let reserved = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                bytes + 2 * GUARD,
+                Self::whole(bytes, data),
                 libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -127,11 +138,25 @@ impl View {
         let Some(start) = NonNull::new(reserved.cast::<u8>()) else {
             return Err(io::Error::last_os_error());
         };
-        let view = Self { reserved: start, bytes };
+        let view = Self { reserved: start, bytes, data };
         // SAFETY: MAP_FIXED replaces a part of the reservation made above and nothing else.
         let mapped =
             unsafe { libc::mmap(view.start().cast(), bytes, protection, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(view) }
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        if data != 0 {
+            let at = view.start().wrapping_add(bytes + GUARD);
+            // SAFETY: another part of the reservation.
+            if unsafe { libc::mprotect(at.cast(), data, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(view)
+    }
+
+    const fn whole(bytes: usize, data: usize) -> usize {
+        bytes + data + if data == 0 { 2 * GUARD } else { 3 * GUARD }
     }
 
     fn start(&self) -> *mut u8 {
@@ -143,7 +168,7 @@ impl View {
 impl Drop for View {
     fn drop(&mut self) {
         // SAFETY: exactly what `new` reserved; the owner is going away.
-        unsafe { libc::munmap(self.reserved.as_ptr().cast(), self.bytes + 2 * GUARD) };
+        unsafe { libc::munmap(self.reserved.as_ptr().cast(), Self::whole(self.bytes, self.data)) };
     }
 }
 

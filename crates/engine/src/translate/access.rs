@@ -6,8 +6,9 @@ use super::{
     HOST,
     block::Work,
     emit::{Label, Mem, T0, T1, cc},
-    outline::Outline,
+    outline::{Form, Outline},
     thunks::{PAGE, gpr},
+    window::Window,
 };
 use crate::{
     cpu::Cpu,
@@ -107,6 +108,20 @@ impl Work<'_> {
         missed
     }
 
+    /// T0 becomes the distance of the address in it from the window's start. Leads to the label if it is not inside. Uses
+    /// the host's flags.
+    pub fn check_window(&mut self, window: u64) -> Label {
+        debug_assert!(self.flags.memory || self.recipe.is_some());
+        self.drop_held();
+        let e = &mut self.t.emitter;
+        let missed = e.label();
+        e.rm(true, &[0x2b], T0, Mem::Near(window + offset_of!(Window, start) as u64));
+        e.rm(true, &[0x3b], T0, Mem::Near(window + offset_of!(Window, room) as u64));
+        e.jcc(cc::AE, missed);
+        self.flags.host = false;
+        missed
+    }
+
     /// Where a set's table for reading or writing is.
     pub fn table(&self, write: bool) -> i32 {
         if write { WRITE_TABLE } else { READ_TABLE }
@@ -156,6 +171,18 @@ impl Work<'_> {
             self.t.outlines.push(Outline::Last { from, site, make });
         }
         let make = self.missing_flags();
+        if let Some(window) = self.window(index, bytes, write) {
+            let missed = self.check_window(window);
+            if pair {
+                self.e().load(T1, Mem::Near(window + offset_of!(Window, host) as u64));
+            } else {
+                self.e().rm(true, &[0x03], T0, Mem::Near(window + offset_of!(Window, host) as u64));
+            }
+            let again = self.e().mark();
+            let form = if pair { Form::Pair } else { Form::Sum };
+            self.t.outlines.push(Outline::Moved { missed, again, done, site, window, form, flags: false, make });
+            return;
+        }
         let (missed, again, table) = self.look_up(bytes, write, pair);
         self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make, pair });
     }
@@ -164,7 +191,8 @@ impl Work<'_> {
     pub fn flags_wanted(&mut self, first: usize) {
         let host = self.flags.host;
         for outline in &mut self.t.outlines[first..] {
-            if let Outline::Slow { flags, .. } | Outline::SlowNear { flags, .. } = outline {
+            if let Outline::Slow { flags, .. } | Outline::SlowNear { flags, .. } | Outline::Moved { flags, .. } = outline
+            {
                 *flags = host;
             }
         }

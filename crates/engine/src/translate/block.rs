@@ -12,6 +12,7 @@ use super::{
     outline::Outline,
     span::{self, Plan},
     thunks::{Thunks, state},
+    window::Windows,
 };
 use crate::{
     cache::{Block, MAX_BLOCK},
@@ -66,6 +67,9 @@ pub(super) struct Work<'a> {
     pub(super) again: Option<Flags>,
     pub(super) exits: Vec<Exit>,
     pub(super) plan: Plan,
+    /// The windows of a hot block, but for these ops.
+    pub(super) windows: Option<&'a mut Windows>,
+    pub(super) plain: u64,
 }
 
 /// The start of a loop, inside of a translation.
@@ -99,7 +103,7 @@ impl Cpu {
         // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
         let (gpa, count, shape, second) =
             unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
-        if shape != mode::CODE64 {
+        if shape & !mode::USER != mode::CODE64 {
             return false;
         }
         if self.cache.code.is_full() {
@@ -136,6 +140,11 @@ impl Cpu {
         if !same {
             return false;
         }
+        // Where everything is translated at once, for tests, every second block counts as hot.
+        if self.cache.promote == 1 && self.counters.translated.blocks & 1 != 0 {
+            // SAFETY: as above.
+            unsafe { (*block).hot = true };
+        }
         let started = std::time::Instant::now();
         let Some(mut t) = self.translator.take() else { return false };
         let thunks = self.cache.code.thunks;
@@ -157,6 +166,10 @@ impl Cpu {
             again: None,
             exits: Vec::new(),
             plan: Plan::default(),
+            // SAFETY: as above.
+            windows: unsafe { (*block).hot }.then_some(&mut self.tlb.windows),
+            // SAFETY: as above.
+            plain: unsafe { (*block).plain },
         };
         // SAFETY: as above.
         if unsafe { (*block).crossings } < span::CROSSINGS {
@@ -295,6 +308,15 @@ impl Work<'_> {
         self.vectors = 0;
         self.x87 = false;
         Flow::On
+    }
+
+    /// A window of its own for the memory access of an op, if it is to have one.
+    pub(super) fn window(&mut self, index: usize, bytes: u64, write: bool) -> Option<u64> {
+        let table = self.table(write);
+        // SAFETY: the block is alive.
+        let user = unsafe { (*self.block).mode } & mode::USER != 0;
+        let wanted = self.plain >> index & 1 == 0;
+        self.windows.as_mut().filter(|_| wanted)?.add(bytes, table, write, user)
     }
 
     pub(super) fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {

@@ -2,7 +2,10 @@
 
 use std::io;
 
-use super::thunks::{self, Thunks};
+use super::{
+    thunks::{self, Thunks},
+    window::{self, Windows},
+};
 use crate::native::DualMapping;
 
 /// Code of one vCPU. No page of it is writable where it is executable.
@@ -23,12 +26,21 @@ const LARGEST: usize = 64 << 10;
 impl CodeBuffer {
     pub fn new(vcpus: u32) -> io::Result<Self> {
         let bytes = (CAPACITY / vcpus.max(1) as usize).max(CAPACITY_OF_ONE);
-        let memory = DualMapping::new(bytes)?;
-        let (code, thunks) = thunks::make(memory.executable() as u64);
+        let memory = DualMapping::with_data(bytes, window::BYTES)?;
+        let (code, thunks) = thunks::make(memory.executable() as u64, memory.data() as u64);
         let mut buffer = Self { memory, thunks, first: 0, used: 0 };
         buffer.push(&code);
         buffer.first = buffer.used;
         Ok(buffer)
+    }
+
+    /// The windows of the vCPU, all new.
+    ///
+    /// # Safety
+    /// Called once, and not used when this buffer is gone.
+    pub unsafe fn windows(&self) -> Windows {
+        // SAFETY: so many zeroed bytes were mapped with the code, for nobody else by the caller's word.
+        unsafe { Windows::new(self.memory.data()) }
     }
 
     /// Where the next translation will run.

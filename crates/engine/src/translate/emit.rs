@@ -15,6 +15,7 @@ pub mod cc {
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
     pub const A: u8 = 7;
+    pub const S: u8 = 8;
     pub const NS: u8 = 9;
 }
 
@@ -24,6 +25,8 @@ pub enum Mem {
     /// A field of [`crate::cpu::Cpu`], which GS points at.
     State(usize),
     Base(u8, i32),
+    /// An address within 2 GiB of the code. Not with an immediate.
+    Near(u64),
     /// Base, index, scale (as a power of two), displacement.
     Indexed(u8, u8, u8, i32),
 }
@@ -160,6 +163,12 @@ impl Emitter {
                 self.raw(opcode);
                 self.raw(&[field | 4, 0x25]);
                 self.raw(&(offset as u32).to_le_bytes());
+            }
+            Mem::Near(address) => {
+                self.rex(wide, reg, 0, 0, false);
+                self.raw(opcode);
+                self.raw(&[field | 5]);
+                self.relative(address);
             }
             Mem::Base(base, disp) => {
                 self.rex(wide, reg, 0, base, false);

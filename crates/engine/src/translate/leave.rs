@@ -57,6 +57,21 @@ pub unsafe fn stop(cpu: &mut Cpu, _: *const Uop) -> Ctl {
 }
 
 impl Cpu {
+    /// Hears of a window that could not be moved. The access of an op whose window moves too often does without.
+    unsafe fn look_at_window(&mut self, site: Site) {
+        let window = std::mem::take(&mut self.translated.window);
+        if window == 0 {
+            return;
+        }
+        self.tlb.windows.make_room();
+        if self.tlb.windows.is_hasty(window) {
+            // SAFETY: the block is alive, as the caller says.
+            unsafe { (*site.block.cast_mut()).plain |= 1 << site.index };
+            self.translated.again.push(site.block.cast_mut());
+            self.signal.note(request::HOT);
+        }
+    }
+
     /// Instructions of the running block that were counted but did not run.
     pub fn uncount(&mut self, instructions: u64) {
         if !self.translated.running || self.translated.counts {
@@ -139,6 +154,7 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.counters.translated.slow_accesses += 1;
         cpu.at_block(site.block);
+        cpu.look_at_window(site);
         let news = cpu.translated.news;
         // An access that crosses pages faults at its own address or at the second page's: the interpreter knows.
         let found = if crosses(linear, site.bytes) { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
@@ -168,6 +184,7 @@ pub unsafe extern "C" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.counters.translated.slow_accesses += 1;
         cpu.at_block(site.block);
+        cpu.look_at_window(site);
         let op = (*site.block).ops.add(site.index);
         let news = cpu.translated.news;
         let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
@@ -273,6 +290,11 @@ impl Default for State {
             generation: 0,
             cpu: 0,
             requests: std::ptr::null(),
+            window_set: 0,
+            window: 0,
+            again: Vec::new(),
+            trace: 0,
+            news_of_heat: false,
             target: 0,
             scratch: 0,
             spans: [0; super::span::SLOTS],

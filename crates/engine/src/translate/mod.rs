@@ -29,10 +29,14 @@ mod outline;
 pub mod span;
 mod special;
 mod thunks;
+pub mod window;
 
 use std::sync::atomic::AtomicU32;
 
-use crate::uop::{Ctl, Uop};
+use crate::{
+    cache::Block,
+    uop::{Ctl, Uop},
+};
 
 /// The host register that each guest register lives in; `None`: in memory.
 ///
@@ -103,6 +107,10 @@ pub struct State {
     pub cpu: u64,
     /// The vCPU's request word.
     pub requests: *const AtomicU32,
+    /// The TLB set that windows may be moved by, if that is the current one; else 0.
+    pub window_set: u64,
+    /// The window that missed last.
+    pub window: u64,
     /// An indirect call's target while its return address is pushed; the guest-physical page that a jump to be patched
     /// is in; the page offset of an instruction that wants vectors.
     pub target: u64,
@@ -138,6 +146,12 @@ pub struct State {
     pub interpret: bool,
     /// Translated code is running.
     pub running: bool,
+    /// Blocks to be translated once more.
+    pub again: Vec<*mut Block>,
+    /// Blocks that are still looked at, to find those that are hot.
+    pub trace: u32,
+    /// Such were found this time.
+    pub news_of_heat: bool,
     /// Translations count their instructions.
     pub counts: bool,
     /// `BlockCache::clears` when translated code last left.

@@ -9,6 +9,7 @@ use super::{
     flags::{self, Flags, Recipe},
     span,
     thunks::{PAGE, state},
+    window::Window,
 };
 use crate::tlb::{Jump, PAGE_MASK};
 
@@ -50,10 +51,23 @@ pub enum Outline {
         flags: bool,
         make: Option<Recipe>,
     },
+    /// A memory access that is not in its window.
+    Moved {
+        missed: Label,
+        again: Label,
+        done: Label,
+        site: u64,
+        window: u64,
+        form: Form,
+        flags: bool,
+        make: Option<Recipe>,
+    },
     /// A span that missed.
     Span {
         missed: Label,
         again: Label,
+        /// Its window, and where it goes on when that was moved.
+        moved: Option<(u64, Label)>,
         /// The operand that leads it.
         own: Mem,
         site: u64,
@@ -107,7 +121,28 @@ pub enum Outline {
     },
 }
 
+/// How an access wants its address.
+#[derive(Clone, Copy)]
+pub enum Form {
+    /// The host's, in T0.
+    Sum,
+    /// As the sum of T0 and T1.
+    Pair,
+    /// T1 is what the operand's own address lacks.
+    Near(Mem),
+}
+
 impl Work<'_> {
+    /// The access or span at the distance in T0 is not in its window: T1 is what the address in T0 lacks, if that could be
+    /// moved; else the flags say "equal".
+    fn move_window(&mut self, window: u64) {
+        let thunk = self.thunks.window;
+        let e = &mut self.t.emitter;
+        e.rm(true, &[0x03], T0, Mem::Near(window + offset_of!(Window, start) as u64));
+        e.lea(T1, Mem::Near(window));
+        e.call_address(thunk);
+    }
+
     pub(super) fn outlines(&mut self) {
         // SAFETY: the block is alive.
         let guest_page = unsafe { (*self.block).gpa } & !PAGE_MASK;
@@ -149,8 +184,45 @@ impl Work<'_> {
                     }
                     e.jmp(done);
                 }
-                Outline::Span { missed, again, own, site, reach, make } => {
+                Outline::Moved { missed, again, done, site, window, form, flags, make } => {
                     e.bind(missed);
+                    self.move_window(window);
+                    let e = &mut self.t.emitter;
+                    let slow = e.label();
+                    e.jcc(cc::E, slow);
+                    if matches!(form, Form::Sum) {
+                        e.rr(true, &[0x01], T1, T0);
+                    }
+                    e.jmp(again);
+                    e.bind(slow);
+                    flags::make(e, make);
+                    e.constant(T1, site);
+                    e.call_address(thunks.slow);
+                    let interpreted = e.label();
+                    e.jcc(cc::E, interpreted);
+                    match form {
+                        Form::Sum => {}
+                        Form::Pair => e.constant(T1, 0),
+                        Form::Near(own) => {
+                            e.lea(T1, own);
+                            e.rr(true, &[0x29], T1, T0);
+                            e.mov(T1, T0);
+                        }
+                    }
+                    e.jmp(again);
+                    e.bind(interpreted);
+                    if flags {
+                        flags::unpack(e);
+                    }
+                    e.jmp(done);
+                }
+                Outline::Span { missed, again, moved, own, site, reach, make } => {
+                    e.bind(missed);
+                    if let Some((window, moved)) = moved {
+                        self.move_window(window);
+                        self.e().jcc(cc::NE, moved);
+                    }
+                    let e = &mut self.t.emitter;
                     flags::make(e, make);
                     e.lea(T0, own);
                     span::note(e, reach);

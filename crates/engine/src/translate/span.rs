@@ -13,8 +13,9 @@ use super::{
     HOST, STACK, State,
     block::Work,
     emit::{Emitter, Label, Mem, T0, T1},
-    outline::Outline,
+    outline::{Form, Outline},
     thunks::state,
+    window::Window,
 };
 use crate::native::operand;
 
@@ -163,13 +164,23 @@ impl Work<'_> {
             let make = self.missing_flags();
             let site = self.site(index, bytes, write);
             let lo = (span.lo + member.back) as i32;
+            let bytes = (span.hi - span.lo) as u64;
             let again = self.e().mark();
             self.e().lea(T0, Mem::Base(base, lo));
-            let missed = self.look_up_span((span.hi - span.lo) as u64, span.write);
+            let mut moved = None;
+            let missed = match self.window(index, bytes, span.write) {
+                Some(window) => {
+                    let missed = self.check_window(window);
+                    self.e().load(T1, Mem::Near(window + offset_of!(Window, difference) as u64));
+                    moved = Some((window, self.e().mark()));
+                    missed
+                }
+                None => self.look_up_span(bytes, span.write),
+            };
             self.e().store(T1, slot);
             let own = Mem::Base(base, disp);
-            let reach = (lo.wrapping_sub(disp), (span.hi - span.lo) as u32);
-            self.t.outlines.push(Outline::Span { missed, again, own, site, reach, make });
+            let reach = (lo.wrapping_sub(disp), bytes as u32);
+            self.t.outlines.push(Outline::Span { missed, again, moved, own, site, reach, make });
             self.plan.spans[member.span].active = true;
         }
         self.plan.held = Some(member.span);
@@ -186,6 +197,13 @@ impl Work<'_> {
             self.e().mov(T0, base);
         } else {
             self.e().lea(T0, own);
+        }
+        if let Some(window) = self.window(index, bytes, write) {
+            let missed = self.check_window(window);
+            self.e().load(T1, Mem::Near(window + offset_of!(Window, difference) as u64));
+            let (again, form) = (self.e().mark(), Form::Near(own));
+            self.t.outlines.push(Outline::Moved { missed, again, done, site, window, form, flags: false, make });
+            return;
         }
         let table = self.table(write);
         let missed = self.look_up_span(bytes, write);

@@ -8,8 +8,14 @@ use super::{
     HOST, Left, State,
     emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
     leave,
+    window::{self, Frame, Kind, LIST_FULL, List, TO_FRAME, Window},
 };
-use crate::{cpu::Cpu, native::FeatureSet, regs::Regs};
+use crate::{
+    cpu::Cpu,
+    native::FeatureSet,
+    regs::Regs,
+    tlb::{ENTRIES, ENTRY_SHIFT, Entry},
+};
 
 pub const fn state(offset: usize) -> Mem {
     Mem::State(offset_of!(Cpu, translated) + offset)
@@ -49,6 +55,9 @@ pub struct Thunks {
     /// Call: a memory access at RAX that the TLB does not know; R15 is its site. Comes back with the host's address in
     /// RAX and ZF clear, or with ZF set when the instruction is done.
     pub slow: u64,
+    /// Call: an access at RAX that is not in its window, which R15 points at. Comes back with ZF clear and in R15 what is
+    /// to be added to the address, or with ZF set when the TLB does not know it either. RAX stays as it is.
+    pub window: u64,
     /// Call: a span that missed; RAX is its leading operand's address, R15 its site. To be tried again.
     pub span: u64,
     /// Call: brings vectors in; R15 is what is wanted, EAX the page offset of the instruction.
@@ -66,6 +75,9 @@ struct Maker {
     e: Emitter,
     avx: bool,
     tail: Label,
+    /// Where the windows and their lists are.
+    windows: u64,
+    lists: u64,
 }
 
 impl Maker {
@@ -147,6 +159,138 @@ impl Maker {
         self.e.jmp(self.tail);
     }
 
+    /// Moves the window at R15 to the address in RAX.
+    fn window(&mut self) {
+        const RCX: u8 = 1;
+        const RDX: u8 = 2;
+        const RBX: u8 = 3;
+        const RSI: u8 = 6;
+        let window = |offset| Mem::Base(T1, offset as i32);
+        let frame = |offset| Mem::Base(T1, TO_FRAME + offset as i32);
+        let entry = |offset| Mem::Base(RCX, offset as i32);
+        let (start, room) = (window(offset_of!(Window, start)), window(offset_of!(Window, room)));
+        let (difference, host) = (window(offset_of!(Window, difference)), window(offset_of!(Window, host)));
+        let one_page = frame(offset_of!(Frame, room));
+        let listed = frame(offset_of!(Frame, listed));
+        let saved = [RCX, RDX, RBX, RSI];
+        let e = &mut self.e;
+        let (missed, refused, plain, anew, wider, below, done) =
+            (e.label(), e.label(), e.label(), e.label(), e.label(), e.label(), e.label());
+        saved.iter().for_each(|r| e.push(*r));
+        // What the TLB says.
+        e.load(RDX, Mem::State(offset_of!(Cpu, data)));
+        e.mov32(RCX, T0);
+        e.shift(false, 5, RCX, 12 - ENTRY_SHIFT);
+        e.group1(false, 4, RCX, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
+        e.rr(true, &[0x01], RDX, RCX);
+        // MOVSXD RBX, [table]
+        e.rm(true, &[0x63], RBX, frame(offset_of!(Frame, table)));
+        e.rr(true, &[0x01], RBX, RCX);
+        e.mov(RBX, T0);
+        e.rm(true, &[0x33], RBX, entry(offset_of!(Entry, tag)));
+        e.load32(RSI, one_page);
+        e.rr(true, &[0x39], RSI, RBX);
+        e.jcc(cc::AE, missed);
+        // Whether the window may be moved.
+        e.rm(true, &[0x3b], RDX, state(offset_of!(State, window_set)));
+        e.jcc(cc::NE, plain);
+        e.load(RDX, state(offset_of!(State, requests)));
+        e.group1_mem(false, 7, Mem::Base(RDX, 0), 0);
+        e.jcc(cc::NE, plain);
+        e.group1_mem(false, 5, frame(offset_of!(Frame, patience)), 1);
+        e.jcc(cc::S, refused);
+        // By a page, if it comes to lie next to it on the host too.
+        e.mov(RDX, T0);
+        e.group1(true, 4, RDX, -4096);
+        e.load(RBX, entry(offset_of!(Entry, difference)));
+        e.rm(true, &[0x3b], RBX, difference);
+        e.jcc(cc::NE, anew);
+        e.group1_mem(true, 7, room, 0);
+        e.jcc(cc::E, anew);
+        e.load(RBX, start);
+        e.group1(true, 5, RBX, 0x1000);
+        e.rr(true, &[0x39], RDX, RBX);
+        e.jcc(cc::E, below);
+        e.group1(true, 0, RBX, 0x2000);
+        e.rm(true, &[0x03], RBX, room);
+        e.rr(true, &[0x29], RSI, RBX);
+        e.rr(true, &[0x39], RDX, RBX);
+        e.jcc(cc::NE, anew);
+        e.jmp(wider);
+        e.bind(below);
+        e.store(RDX, start);
+        e.group1_mem(true, 5, host, 0x1000);
+        e.bind(wider);
+        e.group1_mem(true, 0, room, 0x1000);
+        let mark = e.label();
+        e.load(RBX, entry(offset_of!(Entry, global)));
+        e.rm(true, &[0x21], RBX, frame(offset_of!(Frame, global)));
+        e.jmp(mark);
+        // Or to this page alone.
+        e.bind(anew);
+        e.store(RDX, start);
+        e.store(RSI, room);
+        e.load(RBX, entry(offset_of!(Entry, difference)));
+        e.store(RBX, difference);
+        e.load(RBX, entry(offset_of!(Entry, host)));
+        e.store(RBX, host);
+        e.load(RBX, entry(offset_of!(Entry, global)));
+        e.store(RBX, frame(offset_of!(Frame, global)));
+        e.bind(mark);
+        // And notes it in the list of its kind.
+        for kind in Kind::ALL {
+            let next = e.label();
+            e.cmp_byte(frame(offset_of!(Frame, user)), u8::from(kind == Kind::User));
+            e.jcc(cc::NE, next);
+            if kind != Kind::User {
+                e.group1_mem(true, 7, frame(offset_of!(Frame, global)), 0);
+                e.jcc(if kind == Kind::Global { cc::E } else { cc::NE }, next);
+            }
+            e.test_byte(listed, 1 << kind as u8);
+            e.jcc(cc::NE, done);
+            let count = self.lists + (kind as usize * size_of::<List>()) as u64;
+            e.load(RDX, Mem::Near(count));
+            e.group1(true, 7, RDX, LIST_FULL);
+            let full = e.label();
+            e.jcc(cc::AE, full);
+            // LEA RBX, [windows]
+            e.lea(RBX, Mem::Near(self.windows));
+            e.mov(RCX, T1);
+            e.rr(true, &[0x29], RBX, RCX);
+            e.shift(true, 5, RCX, window::SHIFT);
+            e.lea(RBX, Mem::Near(count + offset_of!(List, windows) as u64));
+            e.rm(false, &[0x89], RCX, Mem::Indexed(RBX, RDX, 2, 0));
+            e.group1(true, 0, RDX, 1);
+            e.store(RDX, Mem::Near(count));
+            // OR byte [listed], bit
+            e.rm(false, &[0x80], 1, listed);
+            e.raw(&[1 << kind as u8]);
+            e.jmp(done);
+            e.bind(full);
+            // Nothing is in it that is not listed.
+            e.rm(true, &[0xc7], 0, room);
+            e.raw(&0i32.to_le_bytes());
+            e.jmp(refused);
+            e.bind(next);
+        }
+        e.bind(done);
+        e.load(T1, difference);
+        let back = e.mark();
+        saved.iter().rev().for_each(|r| e.pop(*r));
+        // RSP is not 0: "not equal".
+        e.rr(true, &[0x85], RSP, RSP);
+        e.ret();
+        e.bind(plain);
+        e.load(T1, entry(offset_of!(Entry, difference)));
+        e.jmp(back);
+        e.bind(refused);
+        e.store(T1, state(offset_of!(State, window)));
+        e.bind(missed);
+        saved.iter().rev().for_each(|r| e.pop(*r));
+        e.rr(true, &[0x39], T0, T0);
+        e.ret();
+    }
+
     fn entry(&mut self) -> u64 {
         while !self.e.here().is_multiple_of(16) {
             self.e.raw(&[0xcc]);
@@ -155,12 +299,14 @@ impl Maker {
     }
 }
 
-/// The thunks' code, to run at `address`.
-pub fn make(address: u64) -> (Vec<u8>, Thunks) {
+/// The thunks' code, to run at `address`, with windows at `windows`.
+pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
     let mut e = Emitter::default();
     e.start(address);
     let tail = e.label();
-    let mut m = Maker { e, avx: FeatureSet::host().contains_all(&[CpuidFeature::AVX]), tail };
+    let avx = FeatureSet::host().contains_all(&[CpuidFeature::AVX]);
+    let lists = windows + offset_of!(window::Table, lists) as u64;
+    let mut m = Maker { e, avx, tail, windows, lists };
     let mut thunks = Thunks { enter: m.entry(), ..Thunks::default() };
     let saved = [3, 5, 12, 13, 14, 15];
     for register in saved {
@@ -236,6 +382,9 @@ pub fn make(address: u64) -> (Vec<u8>, Thunks) {
     m.load_registers();
     m.e.rr(true, &[0x85], T0, T0);
     m.e.ret();
+
+    thunks.window = m.entry();
+    m.window();
 
     thunks.x87 = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));
