@@ -36,6 +36,8 @@ pub struct Block {
     pub heat: u8,
     /// Ops whose accesses do without windows all the same.
     pub plain: u64,
+    /// The block whose translation went on with this one; null if there was none.
+    pub part_of: *mut Block,
     /// Instructions.
     pub count: u8,
     /// Ops that stand for instructions (fewer where some are fused).
@@ -91,6 +93,8 @@ pub struct BlockCache {
     by_page: Map<Vec<*mut Block>>,
     /// How often the code of a page was dropped.
     changes: Map<u32>,
+    /// The blocks that hot ones are followed by, by the address of those.
+    paths: Map<Vec<*const Block>>,
     pub code: CodeBuffer,
     /// Entries of translations that were cut, by the address of their code: jumps may still lead there.
     cut: Map<u32>,
@@ -118,6 +122,7 @@ impl BlockCache {
             by_address: Map::default(),
             by_page: Map::default(),
             changes: Map::default(),
+            paths: Map::default(),
             code: CodeBuffer::new(count)?,
             cut: Map::default(),
             promote: PROMOTE,
@@ -129,6 +134,15 @@ impl BlockCache {
 
     pub fn find(&self, gpa: u64, mode: u8) -> *const Block {
         self.by_address.get(&key(gpa, mode)).map_or(ptr::null(), |b| b.cast_const())
+    }
+
+    /// What a block's translation is to go on with.
+    pub fn path(&self, block: *const Block) -> &[*const Block] {
+        self.paths.get(&(block as u64)).map_or(&[], |path| path)
+    }
+
+    pub fn set_path(&mut self, block: *const Block, path: Vec<*const Block>) {
+        self.paths.insert(block as u64, path);
     }
 
     /// Whether there is a block in this page.
@@ -149,6 +163,7 @@ impl BlockCache {
         self.by_page.clear();
         self.code.clear();
         self.cut.clear();
+        self.paths.clear();
         self.clears += 1;
     }
 
@@ -169,7 +184,7 @@ impl BlockCache {
         }
         // Where code changes again and again, translating it is wasted more and more often: unless it is asked for.
         let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c / 4).min(10));
-        let changes = if self.promote == 1 { 0 } else { changes };
+        let changes = if self.promote < PROMOTE { 0 } else { changes };
         let block = self.blocks[slab][self.block_count % SLAB].write(Block {
             code: self.code.thunks.leave_block as *const u8,
             entry: 0,
@@ -179,6 +194,7 @@ impl BlockCache {
             hot: false,
             heat: 0,
             plain: 0,
+            part_of: ptr::null_mut(),
             runs_left: self.promote.saturating_mul(1 << changes),
             ops,
             count: count as u8,

@@ -10,7 +10,7 @@ use crate::{
     cache::{Block, BlockCache},
     clock::VcpuClock,
     fault::{Fault, Run, Stop},
-    heat::Pulse,
+    heat::{Pulse, Trace},
     machine::{CodeMail, Shared},
     msr::MsrFile,
     native::{Fpu, Special, Stub, StubCache},
@@ -228,6 +228,7 @@ pub struct Cpu {
     pub translator: Option<Box<Translator>>,
     /// Says when to look for hot code, while the vCPU runs.
     pub pulse: Option<Pulse>,
+    pub trace: Trace,
     /// Kept between decodings for its allocation.
     pub scratch_ops: Vec<Uop>,
     pub plain_msrs: MsrFile,

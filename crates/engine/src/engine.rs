@@ -25,7 +25,7 @@ use crate::{
     cpu::{Counters, Cpu, Msrs},
     cpuid,
     fault::Fault,
-    heat::Pulse,
+    heat::{Pulse, Trace},
     machine::{CodeMail, DeviceWrites, Shared},
     msr::MsrFile,
     native::{FeatureSet, Fpu, StubCache},
@@ -53,7 +53,8 @@ impl SoftEngine {
         Self::promoting(memory, translate::PROMOTE)
     }
 
-    /// An engine that translates blocks after they ran `promote` times; with 0 it interprets everything.
+    /// An engine that translates blocks after they ran `promote` times; with 0 it interprets everything. With less than
+    /// a real engine's number it does what that does with hot code as often as it can.
     pub fn promoting(memory: &GuestMemory, promote: u32) -> Result<Arc<Self>, CpuError> {
         let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::default());
@@ -153,6 +154,7 @@ impl Engine for SoftEngine {
             kept_specials: Vec::new(),
             translator: cfg!(target_arch = "x86_64").then(|| Box::new(Translator::new())),
             pulse: None,
+            trace: Trace::default(),
             scratch_ops: Vec::new(),
             plain_msrs: MsrFile::default(),
             efer_extra: efer_extra(&table),
@@ -166,6 +168,7 @@ impl Engine for SoftEngine {
             counters: Counters::default(),
         });
         cpu.cache.promote = self.promote;
+        cpu.trace.eager = (2..translate::PROMOTE).contains(&self.promote);
         // SAFETY: once, and both are the same `Cpu`'s.
         cpu.tlb.windows = unsafe { cpu.cache.code.windows() };
         cpu.translated.counts = self.counts.load(Ordering::Relaxed);
@@ -219,6 +222,9 @@ impl Vcpu for SoftVcpu {
         // Where there is no such timer, nothing is hot.
         // SAFETY: the vCPU's own word, and the timer goes before this returns.
         cpu.pulse = if cpu.cache.promote > 1 { unsafe { Pulse::new(cpu.signal.word()) }.ok() } else { None };
+        if cpu.trace.eager {
+            cpu.look_eagerly();
+        }
         let exit = cpu.run_loop();
         cpu.pulse = None;
         cpu.park_fpu();
@@ -248,6 +254,9 @@ impl Vcpu for SoftVcpu {
             ("translated_instructions", t.instructions),
             ("translated_entries", t.entries),
             ("translated_links", t.links),
+            ("translated_hot_blocks", t.hot),
+            ("translated_paths", t.paths),
+            ("translated_windowless_accesses", t.windowless),
             ("translated_bytes", cpu.cache.code.used() as u64),
             ("translated_slow_accesses", t.slow_accesses),
             ("translated_interpreted", t.interpreted),

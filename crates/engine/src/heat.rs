@@ -12,14 +12,12 @@ use std::{
     },
 };
 
-use crate::{
-    cache::Block,
-    cpu::Cpu,
-    signal::request,
-};
+use crate::{cache::Block, cpu::Cpu, signal::request, tlb::PAGE_MASK};
 
 /// Blocks that are looked at when the time has come.
-const TRACE: u32 = 128;
+const TRACE: usize = 192;
+/// Blocks that one translation goes on through at most.
+const LONGEST_PATH: usize = 16;
 /// Times that a block must be met.
 const HOT: u8 = 3;
 /// Nanoseconds of CPU time between two looks: at first and while something new is found, and at most.
@@ -97,35 +95,131 @@ impl Drop for Pulse {
     }
 }
 
+/// What came by while hot code was looked for.
+#[derive(Default)]
+pub struct Trace {
+    /// Blocks that are still to be looked at.
+    pub left: usize,
+    /// For tests: everything is hot, and is looked at all the time.
+    pub eager: bool,
+    seen: Vec<*const Block>,
+}
+
+/// Blocks that an eager one looks at.
+const EAGER_TRACE: usize = 4;
+
+impl Trace {
+    /// The block that most often followed this one.
+    fn follower(&self, block: *const Block) -> Option<*const Block> {
+        let mut found: Vec<(*const Block, usize)> = Vec::new();
+        for pair in self.seen.windows(2).filter(|pair| pair[0] == block) {
+            match found.iter_mut().find(|(next, _)| *next == pair[1]) {
+                Some((_, times)) => *times += 1,
+                None => found.push((pair[1], 1)),
+            }
+        }
+        found.into_iter().max_by_key(|(_, times)| *times).map(|(next, _)| next)
+    }
+
+    /// Whether control came to the block at this place as it does when one translation goes on with it: straight from a
+    /// block before it that it mostly follows.
+    fn follows(&self, i: usize) -> bool {
+        let Some(before) = i.checked_sub(1).map(|i| self.seen[i]) else { return true };
+        // SAFETY: what was seen in one go is alive until its end.
+        let (from, to) = unsafe { (&*before, &*self.seen[i]) };
+        let straight = from.links.contains(&self.seen[i]) && from.gpa < to.gpa;
+        straight && self.follower(before) == Some(self.seen[i])
+    }
+
+    /// Where control most often went on from a block, within its page, until it went back.
+    fn path(&self, from: *const Block) -> Vec<*const Block> {
+        let mut path = vec![from];
+        while path.len() < LONGEST_PATH
+            && let Some(next) = self.follower(path[path.len() - 1])
+            && !path.contains(&next)
+            // SAFETY: as above.
+            && unsafe {
+                let last = path[path.len() - 1];
+                let same_page = ((*next).gpa ^ (*from).gpa) & !PAGE_MASK == 0;
+                same_page && (*next).gpa > (*last).gpa && (*next).mode == (*from).mode
+            }
+        {
+            path.push(next);
+        }
+        path.remove(0);
+        path
+    }
+}
+
 impl Cpu {
     /// Translates again what is to be, and has the next blocks looked at.
     pub fn look_for_heat(&mut self) {
         let again = mem::take(&mut self.translated.again);
         if again.is_empty() {
-            self.translated.trace = TRACE;
-            self.translated.news_of_heat = false;
+            self.trace.left = TRACE;
+            self.trace.seen.clear();
         }
         for block in again {
             self.translate_again(block);
         }
     }
 
+    /// Has the next blocks looked at without being asked to.
+    pub fn look_eagerly(&mut self) {
+        self.trace.left = EAGER_TRACE;
+        self.trace.seen.clear();
+    }
+
+    /// Forgets what was seen: it is gone.
+    pub fn forget_trace(&mut self) {
+        self.trace.left = 0;
+        self.trace.seen.clear();
+    }
+
     /// A block that comes by while hot code is looked for.
-    pub fn warm(&mut self, block: *const Block) {
-        self.translated.trace -= 1;
-        // SAFETY: the block is alive, and this is the thread that owns the cache.
-        let known = unsafe { &mut *block.cast_mut() };
-        known.heat = known.heat.saturating_add(1);
-        if known.heat >= HOT && !known.hot {
-            known.hot = true;
-            self.translated.news_of_heat = true;
-            self.translate_again(block.cast_mut());
+    #[cold]
+    pub fn look_at(&mut self, block: *const Block) {
+        self.trace.seen.push(block);
+        self.trace.left -= 1;
+        if self.trace.left == 0 {
+            let news = self.promote_hot();
+            if let Some(pulse) = &mut self.pulse {
+                pulse.set(if news { SOON } else { (pulse.interval * 2).min(LATE) });
+            }
         }
-        if self.translated.trace == 0
-            && let Some(pulse) = &mut self.pulse
-        {
-            let interval = if self.translated.news_of_heat { SOON } else { (pulse.interval * 2).min(LATE) };
-            pulse.set(interval);
+    }
+
+    /// Makes more of blocks that were seen often enough; whether there were any.
+    fn promote_hot(&mut self) -> bool {
+        let trace = mem::take(&mut self.trace);
+        self.trace.eager = trace.eager;
+        let wanted = if trace.eager { 1 } else { HOT };
+        let mut hot = Vec::new();
+        for (i, &at) in trace.seen.iter().enumerate() {
+            // SAFETY: what was seen is alive: clearing the cache forgets it. This is the thread that owns it.
+            let block = unsafe { &mut *at.cast_mut() };
+            block.heat = block.heat.saturating_add(1);
+            if block.heat < wanted {
+                continue;
+            }
+            let starts = self.cache.path(at).is_empty() && !trace.follows(i);
+            let path = if starts { trace.path(at) } else { Vec::new() };
+            if block.hot && path.is_empty() {
+                continue;
+            }
+            block.hot = true;
+            if !path.is_empty() {
+                self.cache.set_path(at, path);
+            }
+            if !hot.contains(&at) {
+                hot.push(at);
+            }
         }
+        // Whoever is part of another has its own translation first.
+        for &block in &hot {
+            // SAFETY: as above.
+            unsafe { self.translate_anew(block.cast_mut()) };
+        }
+        !hot.is_empty()
     }
 }

@@ -104,14 +104,14 @@ impl Cpu {
                 Left::Cross => self.link_across(block),
                 _ => {}
             }
-            let looking = self.translated.trace != 0;
+            let looking = self.trace.left != 0;
             let ctl = if !single && !self.translated.interpret && !looking && self.is_translated(block) {
                 // SAFETY: a translation of a block that is alive.
                 unsafe { self.run_translation(block) }
             } else {
                 self.translated.interpret = false;
                 if looking {
-                    self.warm(block);
+                    self.look_at(block);
                 }
                 // SAFETY: as above; a block's ops are handlers made for it.
                 unsafe {
@@ -191,6 +191,9 @@ impl Cpu {
             self.counters.translated.running += entered.elapsed().as_nanos() as u64;
         }
         self.translated.running = false;
+        if self.trace.eager && self.trace.left == 0 && self.counters.translated.entries & 15 == 0 {
+            self.look_eagerly();
+        }
         self.translated.clears = self.cache.clears;
         // Whatever left the code to the interpreter said in which block it was.
         let at = self.block;
@@ -261,9 +264,21 @@ impl Cpu {
         self.look_at_tsc();
     }
 
-    /// Replaces a translation; whoever jumps to the old one comes to the new.
+    /// Replaces a translation, and one that goes on with it; whoever jumps to the old ones comes to the new.
     pub fn translate_again(&mut self, block: *mut Block) {
-        // SAFETY: the block is alive.
+        // SAFETY: blocks live until the cache is cleared.
+        unsafe {
+            self.translate_anew(block);
+            if !(*block).part_of.is_null() {
+                self.translate_anew((*block).part_of);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The block is alive.
+    pub unsafe fn translate_anew(&mut self, block: *mut Block) {
+        // SAFETY: the caller's word.
         unsafe {
             let old = (*block).entry;
             if old != 0 && (*block).valid && self.translate_block(block) {
@@ -568,6 +583,7 @@ impl Cpu {
         self.tlb.flush_jumps();
         self.tlb.windows.clear();
         self.translated.again.clear();
+        self.forget_trace();
         if self.stubs_full {
             self.stubs.flush();
             self.kept_stubs.clear();

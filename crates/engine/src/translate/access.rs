@@ -7,7 +7,7 @@ use super::{
     block::Work,
     emit::{Label, Mem, T0, T1, cc},
     outline::{Form, Outline},
-    thunks::{PAGE, gpr},
+    thunks::PAGE,
     window::Window,
 };
 use crate::{
@@ -37,6 +37,7 @@ impl Work<'_> {
     /// The linear address of an operand with such a displacement, in T0. Uses T1 and the host's flags.
     pub fn address(&mut self, op: &Uop, disp: i32) {
         self.offset(op, disp, T0);
+        self.drop_held();
         if op.seg != FLAT && op.seg >= 4 {
             self.e().rm(true, &[0x03], T0, Mem::State(SEG_BASE + usize::from(op.seg) * 8));
         }
@@ -44,27 +45,34 @@ impl Work<'_> {
 
     /// `to` = base + index << scale + disp. Uses T0 and T1; leaves flags alone.
     pub fn offset(&mut self, op: &Uop, disp: i32, to: u8) {
-        self.drop_held();
         let (base, index, scale) = (usize::from(op.base), usize::from(op.index), op.scale);
-        let e = &mut self.t.emitter;
+        let index_in_memory = index != slot::ZERO && HOST[index].is_none();
         let base = match base {
             slot::ZERO => None,
             slot::BLOCK => {
-                e.load(T0, PAGE);
+                self.e().load(T0, PAGE);
                 Some(T0)
             }
-            guest => Some(HOST[guest].unwrap_or_else(|| {
-                e.load(T0, gpr(guest as u8));
-                T0
-            })),
+            guest => Some(match HOST[guest] {
+                Some(host) => host,
+                None if self.holds(guest as u8) && (!index_in_memory || index == guest) => T1,
+                None => {
+                    self.load_guest(T0, guest as u8);
+                    T0
+                }
+            }),
         };
         let index = match index {
             slot::ZERO => None,
             guest => Some(HOST[guest].unwrap_or_else(|| {
-                e.load(T1, gpr(guest as u8));
+                self.load_guest(T1, guest as u8);
                 T1
             })),
         };
+        if to == T1 {
+            self.drop_held();
+        }
+        let e = &mut self.t.emitter;
         match (base, index) {
             (None, None) => e.constant(to, disp as i64 as u64),
             (Some(base), None) if disp == 0 => e.mov(to, base),

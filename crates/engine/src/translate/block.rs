@@ -5,9 +5,9 @@ use std::mem::offset_of;
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory};
 
 use super::{
-    HOST, State,
+    State,
     emit::{Emitter, Label, Mem, T0, T1, cc},
-    flags::{Flags, Recipe},
+    flags::{self, Flags, Recipe},
     leave::Site,
     outline::Outline,
     span::{self, Plan},
@@ -48,35 +48,59 @@ pub(super) struct Work<'a> {
     pub(super) stubs: &'a mut StubCache,
     pub(super) t: &'a mut Translator,
     pub(super) thunks: Thunks,
+    /// The part that is worked on: its block, where it begins in the page, and where its instructions are among all.
     pub(super) block: *const Block,
-    /// Offset of the block in its page.
     pub(super) start: i64,
+    pub(super) first: usize,
+    /// Where the part begins that follows it, if there is one.
+    pub(super) follower: Option<i64>,
+    /// Where the first part begins, and whether the translation may be a loop.
+    pub(super) entry: i64,
+    pub(super) may_loop: bool,
     /// Offset of this translation in the code buffer.
     pub(super) at: usize,
     pub(super) flags: Flags,
     /// How to make the flags again, if that is possible.
     pub(super) recipe: Option<Recipe>,
+    /// Flags in memory have the right carry, if nothing else.
+    pub(super) carry: bool,
     /// What the vectors' state is known to allow.
     pub(super) vectors: u32,
     /// The x87 state is known to be in the host's registers.
     pub(super) x87: bool,
     counts: bool,
-    /// Where a block that leads back to itself goes on.
+    /// Where a translation that leads back to its start goes on.
     pub(super) head: Option<Head>,
     /// The state of flags with which it does, before there is a head.
     pub(super) again: Option<Flags>,
     pub(super) exits: Vec<Exit>,
     pub(super) plan: Plan,
-    /// The windows of a hot block, but for these ops.
+    /// The windows of a hot block, but for these ops of each part.
     pub(super) windows: Option<&'a mut Windows>,
     pub(super) plain: u64,
+    /// See [`flags::in_the_way`].
+    pub(super) in_the_way: Vec<bool>,
 }
+
+/// A block that a translation is made of: several, where hot code goes from one to the next.
+struct Part<'a> {
+    block: *const Block,
+    start: i64,
+    ops: &'a [Uop],
+    instructions: Vec<Instruction>,
+}
+
+/// Instructions of a translation that is made of several blocks, at most.
+const LONGEST: usize = 160;
+/// Loops of more instructions are not made twice.
+const LONGEST_LOOP: usize = 100;
 
 /// The start of a loop, inside of a translation.
 #[derive(Clone, Copy)]
 pub(super) struct Head {
     pub label: Label,
     pub recipe: Option<Recipe>,
+    pub carry: bool,
     pub vectors: u32,
     pub x87: bool,
 }
@@ -94,25 +118,17 @@ pub(super) struct Exit {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flow {
     On,
+    /// With the next part.
+    Through,
     Ended,
 }
 
 impl Cpu {
-    /// Translates a block, if it is one that can be.
-    pub(crate) fn translate_block(&mut self, block: *mut Block) -> bool {
+    /// The instructions of a block, if they can be translated and are what was decoded.
+    fn part<'a>(&mut self, block: *const Block) -> Option<Part<'a>> {
         // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
-        let (gpa, count, shape, second) =
-            unsafe { ((*block).gpa, (*block).count, (*block).mode, (*block).second_page) };
-        if shape & !mode::USER != mode::CODE64 {
-            return false;
-        }
-        if self.cache.code.is_full() {
-            // There is room again when the next new block was decoded.
-            // SAFETY: as above.
-            unsafe { (*block).runs_left = self.cache.promote };
-            return false;
-        }
-        let Some(page) = self.memory.host_page(gpa & !PAGE_MASK) else { return false };
+        let (gpa, count, second) = unsafe { ((*block).gpa, (*block).count, (*block).second_page) };
+        let page = self.memory.host_page(gpa & !PAGE_MASK)?;
         let from = (gpa & PAGE_MASK) as usize;
         // As far as a block can reach: into a second page only with its only instruction.
         let mut bytes = [0u8; MAX_BLOCK * MAX_LENGTH];
@@ -121,7 +137,7 @@ impl Cpu {
         unsafe { std::ptr::copy_nonoverlapping(page.add(from), bytes.as_mut_ptr(), here) };
         let mut end = here;
         if let Some(second) = second {
-            let Some(page) = self.memory.host_page(second & !PAGE_MASK) else { return false };
+            let page = self.memory.host_page(second & !PAGE_MASK)?;
             let there = MAX_LENGTH.saturating_sub(here);
             // SAFETY: the start of another. An instruction that crosses into it begins less than its length before.
             unsafe { std::ptr::copy_nonoverlapping(page, bytes[here..].as_mut_ptr(), there) };
@@ -133,13 +149,51 @@ impl Cpu {
         let ops = unsafe { std::slice::from_raw_parts((*block).ops, (*block).abortable as usize) };
         // Another vCPU may have written here a moment ago, and the block is about to go: nothing is made of what was
         // decoded from other bytes.
-        let same = ops.iter().zip(&instructions).enumerate().all(|(i, (op, insn))| {
+        let mut same = true;
+        for (i, (op, insn)) in ops.iter().zip(&instructions).enumerate() {
             let fused = i + 1 == ops.len() && ops.len() < instructions.len();
-            !insn.is_invalid() && u64::from(op.off) == insn.ip() && is_same(op, &self.lower(insn, op.off).op, fused)
-        });
-        if !same {
+            same &= !insn.is_invalid() && u64::from(op.off) == insn.ip();
+            same &= is_same(op, &self.lower(insn, op.off).op, fused);
+        }
+        same.then_some(Part { block, start: from as i64, ops, instructions })
+    }
+
+    /// The block and those that its translation goes on with.
+    fn parts<'a>(&mut self, block: *const Block) -> Option<Vec<Part<'a>>> {
+        let mut parts = vec![self.part(block)?];
+        let mut count = parts[0].instructions.len();
+        for next in self.cache.path(block).to_vec() {
+            // SAFETY: blocks live until the cache is cleared, which forgets paths.
+            let fits = unsafe {
+                (*next).valid
+                    && (*next).mode == (*block).mode
+                    && ((*next).gpa ^ (*block).gpa) & !PAGE_MASK == 0
+                    && (*next).second_page.is_none()
+                    && (*block).second_page.is_none()
+            };
+            if !fits {
+                break;
+            }
+            let Some(part) = self.part(next).filter(|p| count + p.instructions.len() <= LONGEST) else { break };
+            count += part.instructions.len();
+            parts.push(part);
+        }
+        Some(parts)
+    }
+
+    /// Translates a block, if it is one that can be.
+    pub(crate) fn translate_block(&mut self, block: *mut Block) -> bool {
+        // SAFETY: blocks live until the cache is cleared; this is the thread that owns it.
+        if unsafe { (*block).mode } & !mode::USER != mode::CODE64 {
             return false;
         }
+        if self.cache.code.is_full() {
+            // There is room again when the next new block was decoded.
+            // SAFETY: as above.
+            unsafe { (*block).runs_left = self.cache.promote };
+            return false;
+        }
+        let Some(parts) = self.parts(block) else { return false };
         // Where everything is translated at once, for tests, every second block counts as hot.
         if self.cache.promote == 1 && self.counters.translated.blocks & 1 != 0 {
             // SAFETY: as above.
@@ -150,15 +204,21 @@ impl Cpu {
         let thunks = self.cache.code.thunks;
         t.emitter.start(self.cache.code.next_address());
         t.outlines.clear();
+        let count: usize = parts.iter().map(|p| p.instructions.len()).sum();
         let mut work = Work {
             stubs: &mut self.stubs,
             t: &mut t,
             thunks,
             block,
-            start: from as i64,
+            start: parts[0].start,
+            first: 0,
+            follower: None,
+            entry: parts[0].start,
+            may_loop: count <= LONGEST_LOOP,
             at: self.cache.code.next_offset(),
             flags: Flags::IN_MEMORY,
             recipe: None,
+            carry: true,
             vectors: 0,
             x87: false,
             counts: self.translated.counts,
@@ -168,16 +228,16 @@ impl Cpu {
             plan: Plan::default(),
             // SAFETY: as above.
             windows: unsafe { (*block).hot }.then_some(&mut self.tlb.windows),
-            // SAFETY: as above.
-            plain: unsafe { (*block).plain },
+            plain: 0,
+            in_the_way: flags::in_the_way(parts.iter().flat_map(|p| &p.instructions)),
         };
         // SAFETY: as above.
-        if unsafe { (*block).crossings } < span::CROSSINGS {
-            work.plan(&instructions);
+        if parts.iter().all(|p| unsafe { (*p.block).crossings } < span::CROSSINGS) {
+            work.plan(parts.iter().flat_map(|p| &p.instructions));
         }
-        work.block(ops, &instructions);
+        work.block(&parts);
         let dead = t.emitter.here();
-        t.emitter.constant(T0, from as u64);
+        t.emitter.constant(T0, parts[0].start as u64);
         t.emitter.jmp_address(thunks.leave_at);
         t.emitter.resolve();
         let pushed = self.cache.code.push(&t.emitter.code);
@@ -189,10 +249,14 @@ impl Cpu {
             (*block).dead = (at + dead) as u32;
             (*block).code = self.cache.code.address(at);
             self.cache.translated(&*block);
+            parts[1..].iter().for_each(|p| (*p.block.cast_mut()).part_of = block);
         }
         let c = &mut self.counters.translated;
         c.blocks += 1;
-        c.instructions += u64::from(count);
+        c.instructions += count as u64;
+        // SAFETY: as above.
+        c.hot += u64::from(unsafe { (*block).hot });
+        c.paths += u64::from(parts.len() > 1);
         c.nanoseconds += started.elapsed().as_nanos() as u64;
         true
     }
@@ -210,25 +274,25 @@ impl Work<'_> {
         &mut self.t.emitter
     }
 
-    fn block(&mut self, ops: &[Uop], instructions: &[Instruction]) {
+    fn block(&mut self, parts: &[Part<'_>]) {
         // SAFETY: the block is alive.
         if unsafe { (*self.block).second_page.is_some() } {
             self.check_second_page();
         }
-        self.count(instructions.len());
-        self.body(ops, instructions);
+        self.body(parts);
         if let Some(flags) = self.again.take() {
-            // The block leads back to itself: once more, with what is known at its end known at its start.
+            // It leads back to its start: once more, with what is known at its end known at its start.
             let label = self.e().mark();
-            self.head = Some(Head { label, recipe: self.recipe, vectors: self.vectors, x87: self.x87 });
+            let (recipe, carry) = (self.recipe, self.carry);
+            self.head = Some(Head { label, recipe, carry, vectors: self.vectors, x87: self.x87 });
             self.flags = flags;
-            self.poll(self.start as i32);
+            self.poll(self.entry as i32);
             self.flags.host = false;
-            self.count(instructions.len());
-            self.body(ops, instructions);
+            self.body(parts);
         }
         for exit in std::mem::take(&mut self.exits) {
             self.e().bind(exit.from);
+            self.drop_held();
             self.flags_set(exit.flags, exit.recipe);
             self.pack();
             self.go(exit.to, exit.here);
@@ -258,24 +322,43 @@ impl Work<'_> {
         }
     }
 
-    fn body(&mut self, ops: &[Uop], instructions: &[Instruction]) {
+    fn body(&mut self, parts: &[Part<'_>]) {
         self.no_spans();
-        let mut flow = Flow::On;
+        self.first = 0;
+        for (i, part) in parts.iter().enumerate() {
+            self.block = part.block;
+            self.start = part.start;
+            self.follower = parts.get(i + 1).map(|p| p.start);
+            // SAFETY: the block is alive.
+            self.plain = unsafe { (*part.block).plain };
+            self.count(part.instructions.len());
+            match self.part(part.ops, &part.instructions) {
+                Flow::Ended => return,
+                Flow::On => {
+                    let end = part.start + part.instructions.last().map_or(0, |i| i.next_ip() as i64);
+                    if self.follower != Some(end) {
+                        self.pack();
+                        return self.go(end, end);
+                    }
+                }
+                Flow::Through => {}
+            }
+            self.first += part.instructions.len();
+        }
+    }
+
+    fn part(&mut self, ops: &[Uop], instructions: &[Instruction]) -> Flow {
         for (index, insn) in instructions.iter().enumerate() {
             // A comparison and the jump behind it may be one op.
             let fused = index >= ops.len();
             let op = &ops[index.min(ops.len() - 1)];
             let last = index + 1 == ops.len() && ops.len() < instructions.len();
-            flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
-            if flow == Flow::Ended {
-                break;
+            let flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
+            if flow != Flow::On {
+                return flow;
             }
         }
-        if flow == Flow::On {
-            let end = instructions.last().map_or(0, |i| i.next_ip() as i64);
-            self.pack();
-            self.go(self.start + end, self.start + end);
-        }
+        Flow::On
     }
 
     /// One instruction. `compares`: its op does the jump behind it too. `jumps`: it is that jump.
@@ -324,7 +407,7 @@ impl Work<'_> {
     }
 }
 
-/// The host registers of guest registers.
+/// The bits of guest registers: see [`flags::register_bit`].
 pub(super) fn host_mask(guests: u16) -> u16 {
-    (0..16).filter(|g| guests >> g & 1 != 0).filter_map(|g| HOST[g as usize]).fold(0, |all, host| all | 1 << host)
+    (0..16).filter(|g| guests >> g & 1 != 0).fold(0, |all, g| all | flags::register_bit(g))
 }

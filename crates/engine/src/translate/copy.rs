@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{
     ACCUMULATOR, HOST, State,
@@ -12,7 +12,7 @@ use super::{
     operand::{self, Carried, Copyable, Touch},
     outline::Outline,
     span::Reach,
-    thunks::{PAGE, VECTORS, gpr, state},
+    thunks::{FLAGS, PAGE, VECTORS, state},
     vectors,
 };
 use crate::{
@@ -112,34 +112,67 @@ impl Work<'_> {
         }
         for (carried, host) in &place.carried {
             if carried.read {
-                self.e().load(*host, gpr(carried.guest));
+                self.load_guest(*host, carried.guest);
             }
         }
+        let (recipe, carry) = if found.flags_out { self.recipe_for(&place, &bytes, &found, index) } else { (None, false) };
         self.e().raw(&bytes);
         if found.accumulator {
             self.e().mov(ACCUMULATOR, T0);
         }
         for (carried, host) in &place.carried {
             if carried.write {
-                self.e().store(*host, gpr(carried.guest));
+                self.store_guest(*host, carried.guest);
             }
         }
         if found.flags_out {
-            let simple = place.carried.is_empty() && !found.accumulator;
-            let recipe = if simple && found.overwrites_flags() { Recipe::of(&place.insn, &bytes) } else { None };
             self.flags_set(Flags::IN_HOST, recipe);
+            self.carry = carry;
         } else if found.flags_in {
             self.keep_recipe(host_mask(found.writes));
         }
-        if place.carried.iter().any(|(_, host)| *host == T1) {
+        if place.carried.iter().any(|(carried, host)| *host == T1 && !carried.read && !carried.write) {
             self.drop_held();
         }
         if has_memory {
+            self.drop_held_guest();
             // An instruction that the interpreter did has left its flags in memory.
             self.flags_wanted(first);
         }
         self.e().bind(done);
         true
+    }
+
+    /// How to make the flags of an instruction again, and whether the flags in memory have its carry. Before it: one of
+    /// its operands may be put aside for that.
+    fn recipe_for(&mut self, place: &Place, bytes: &[u8], found: &Copyable, index: usize) -> (Option<Recipe>, bool) {
+        let carried = match place.carried[..] {
+            [] => None,
+            [(carried, host)] => Some((carried.guest, host)),
+            _ => return (None, false),
+        };
+        if found.accumulator {
+            return (None, false);
+        }
+        if matches!(place.insn.mnemonic(), Mnemonic::Inc | Mnemonic::Dec) {
+            let carry = self.flags.memory || self.carry;
+            let has_memory = place.operand != Operand::None;
+            let recipe = if carry && !has_memory { Recipe::of_step(&place.insn, carried) } else { None };
+            return (recipe, carry);
+        }
+        if !found.overwrites_flags() {
+            return (None, false);
+        }
+        if let Some(recipe) = Recipe::of(&place.insn, bytes, carried) {
+            return (Some(recipe), false);
+        }
+        if self.in_the_way[self.first + index]
+            && let Some((register, recipe)) = Recipe::with_operand(&place.insn, carried)
+        {
+            self.e().store(register, state(offset_of!(State, operand)));
+            return (Some(recipe), false);
+        }
+        (None, false)
     }
 
     /// Everything that must be in its place before a copied instruction: flags, and the address of its memory operand.
@@ -160,7 +193,7 @@ impl Work<'_> {
         if place.operand == Operand::None || place.operand == Operand::Near(Reach::Follow) {
             // The host's flags are left alone.
             if found.flags_in {
-                self.unpack();
+                self.flags_for(place);
             } else if !found.flags_out {
                 self.keep_recipe(written);
             }
@@ -195,6 +228,18 @@ impl Work<'_> {
         }
         if found.flags_in {
             // They are in memory: T1 stays as it is.
+            self.flags_for(place);
+        }
+    }
+
+    /// The flags that an instruction reads or keeps, to the host's. Uses RAX, and R15 if they are not in memory.
+    fn flags_for(&mut self, place: &Place) {
+        use Mnemonic as M;
+        // Of all flags these want the carry, and write the others.
+        let carry = matches!(place.insn.mnemonic(), M::Inc | M::Dec | M::Adc | M::Sbb);
+        if carry && (self.flags.memory || self.carry) && !self.flags.host {
+            self.e().carry(FLAGS);
+        } else {
             self.unpack();
         }
     }
@@ -263,7 +308,7 @@ impl Work<'_> {
                 insn.set_memory_base(Register::R15);
                 insn.set_memory_index(operand::renamed(Register::RAX, HOST[usize::from(base)]?)?);
                 insn.set_memory_displacement64(i64::from(disp) as u64);
-                insn.set_memory_displ_size(if disp == 0 { 0 } else { 4 });
+                insn.set_memory_displ_size(match disp { 0 => 0, -128..128 => 1, _ => 8 });
             }
         }
         let encoded = self.t.encoder.encode(&insn, 0);

@@ -288,6 +288,12 @@ impl Emitter {
         self.raw(&[imm]);
     }
 
+    /// CF from flags in memory: BT word, 8.
+    pub fn carry(&mut self, flags: Mem) {
+        self.prefixed(&[0x66], false, &[0x0f, 0xba], 4, flags);
+        self.raw(&[8]);
+    }
+
     /// SHL (4), SHR (5), SAR (7) by an immediate.
     pub fn shift(&mut self, wide: bool, which: u8, reg: u8, count: u8) {
         self.rex(wide, 0, 0, reg, false);

@@ -6,11 +6,11 @@ use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
 use super::{
     HOST, STACK, State,
-    block::{Exit, Flow, Work},
+    block::{Exit, Flow, Head, Work},
     emit::{Label, Mem, T0, T1, cc},
     flags::Flags,
     outline::Outline,
-    thunks::{PAGE, gpr, state},
+    thunks::{PAGE, state},
 };
 use crate::{
     cache::Block,
@@ -18,9 +18,6 @@ use crate::{
     tlb::{CodeSet, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump},
     uop::Uop,
 };
-
-/// Loops of more instructions are not made twice.
-const LONGEST_LOOP: usize = 40;
 
 const CODE: Mem = Mem::State(offset_of!(Cpu, code));
 const BLOCK_CODE: i32 = offset_of!(Block, code) as i32;
@@ -132,26 +129,19 @@ impl Work<'_> {
         let taken = self.start.wrapping_add(insn.near_branch64() as i64);
         let next = self.start + insn.next_ip() as i64;
         self.whole_entry();
-        if taken == self.start && index < LONGEST_LOOP {
+        let here = self.start + insn.ip() as i64;
+        if taken == self.entry && self.may_loop {
             if self.recipe.is_none() {
                 self.pack();
             }
             self.unpack();
-            let here = self.start + insn.ip() as i64;
             match self.head {
                 None => {
-                    let from = self.e().label();
-                    self.e().jcc(condition ^ 1, from);
-                    let (flags, recipe) = (self.flags, self.recipe);
-                    self.exits.push(Exit { from, to: next, here, flags, recipe });
-                    self.again = Some(Flags { memory: recipe.is_none(), host: false });
+                    self.exit(condition ^ 1, next, here);
+                    self.again = Some(Flags { memory: self.recipe.is_none(), host: false });
                     return Flow::Ended;
                 }
-                Some(head)
-                    if head.recipe == self.recipe
-                        && self.vectors & head.vectors == head.vectors
-                        && self.x87 >= head.x87 =>
-                {
+                Some(head) if self.leads_to(head) => {
                     self.e().jcc(condition, head.label);
                     self.pack();
                     self.go(next, here);
@@ -159,6 +149,16 @@ impl Work<'_> {
                 }
                 Some(_) => {}
             }
+        }
+        if let Some(follower) = self.follower
+            && (follower == taken || follower == next)
+        {
+            self.unpack();
+            let (condition, other) = if follower == taken { (condition ^ 1, next) } else { (condition, taken) };
+            if taken != next {
+                self.exit(condition, other, here);
+            }
+            return Flow::Through;
         }
         self.pack();
         self.unpack();
@@ -179,6 +179,48 @@ impl Work<'_> {
         Flow::Ended
     }
 
+    /// Leaves the translation by a condition.
+    fn exit(&mut self, condition: u8, to: i64, here: i64) {
+        let from = self.e().label();
+        self.e().jcc(condition, from);
+        self.exits.push(Exit { from, to, here, flags: self.flags, recipe: self.recipe });
+    }
+
+    /// Whether what is known at the start of a loop is known here.
+    fn leads_to(&self, head: Head) -> bool {
+        head.recipe == self.recipe
+            && self.carry >= head.carry
+            && self.vectors & head.vectors == head.vectors
+            && self.x87 >= head.x87
+    }
+
+    /// An unconditional jump or the end of a part that leads to `to`.
+    fn go_on(&mut self, to: i64, here: i64) -> Flow {
+        if self.follower == Some(to) {
+            return Flow::Through;
+        }
+        if to == self.entry && self.may_loop {
+            self.whole_entry();
+            if self.recipe.is_none() {
+                self.pack();
+            }
+            match self.head {
+                None => {
+                    self.again = Some(Flags { memory: self.recipe.is_none(), host: false });
+                    return Flow::Ended;
+                }
+                Some(head) if self.leads_to(head) => {
+                    self.e().jmp(head.label);
+                    return Flow::Ended;
+                }
+                Some(_) => {}
+            }
+        }
+        self.pack();
+        self.go(to, here);
+        Flow::Ended
+    }
+
     /// Jumps, calls and returns.
     pub fn control(&mut self, insn: &Instruction, op: &Uop, index: usize) -> Option<Flow> {
         let here = self.start + insn.ip() as i64;
@@ -187,15 +229,12 @@ impl Work<'_> {
         match insn.flow_control() {
             FlowControl::Next => None,
             FlowControl::UnconditionalBranch if near => {
-                self.pack();
-                self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
-                Some(Flow::Ended)
+                Some(self.go_on(self.start.wrapping_add(insn.near_branch64() as i64), here))
             }
             FlowControl::Call if near => {
                 self.pack();
                 self.push_return(index, next);
-                self.go(self.start.wrapping_add(insn.near_branch64() as i64), here);
-                Some(Flow::Ended)
+                Some(self.go_on(self.start.wrapping_add(insn.near_branch64() as i64), here))
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
                 let memory = insn.op0_kind() == OpKind::Memory;
@@ -217,7 +256,7 @@ impl Work<'_> {
                     let guest = op.dst / 8;
                     match HOST[usize::from(guest)] {
                         Some(host) => self.e().mov(T0, host),
-                        None => self.e().load(T0, gpr(guest)),
+                        None => self.load_guest(T0, guest),
                     }
                 }
                 let site = self.site(index, 1, false);

@@ -67,6 +67,7 @@ impl Cpu {
         if self.tlb.windows.is_hasty(window) {
             // SAFETY: the block is alive, as the caller says.
             unsafe { (*site.block.cast_mut()).plain |= 1 << site.index };
+            self.counters.translated.windowless += 1;
             self.translated.again.push(site.block.cast_mut());
             self.signal.note(request::HOT);
         }
@@ -293,10 +294,9 @@ impl Default for State {
             window_set: 0,
             window: 0,
             again: Vec::new(),
-            trace: 0,
-            news_of_heat: false,
             target: 0,
             scratch: 0,
+            operand: 0,
             spans: [0; super::span::SLOTS],
             span_from: 0,
             span_bytes: 0,

@@ -116,6 +116,8 @@ pub struct State {
     pub target: u64,
     /// RAX, while flags are made again.
     pub scratch: u64,
+    /// What an instruction overwrote whose flags may have to be made again.
+    pub operand: u64,
     /// For each span of the running block, from linear addresses to the host's.
     pub spans: [u64; span::SLOTS],
     /// Of a span that is looked up: where it begins, from the operand that leads it, and its size.
@@ -148,10 +150,6 @@ pub struct State {
     pub running: bool,
     /// Blocks to be translated once more.
     pub again: Vec<*mut Block>,
-    /// Blocks that are still looked at, to find those that are hot.
-    pub trace: u32,
-    /// Such were found this time.
-    pub news_of_heat: bool,
     /// Translations count their instructions.
     pub counts: bool,
     /// `BlockCache::clears` when translated code last left.
@@ -197,6 +195,11 @@ pub struct Counters {
     pub slow_accesses: u64,
     pub interpreted: u64,
     pub links: u64,
+    /// Translations of hot blocks, and of several blocks together.
+    pub hot: u64,
+    pub paths: u64,
+    /// Accesses that had a window but do without now.
+    pub windowless: u64,
     pub nanoseconds: u64,
     /// Nanoseconds in translated code, where that is measured.
     pub running: u64,

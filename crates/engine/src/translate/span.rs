@@ -14,7 +14,7 @@ use super::{
     block::Work,
     emit::{Emitter, Label, Mem, T0, T1},
     outline::{Form, Outline},
-    thunks::state,
+    thunks::{gpr, state},
     window::Window,
 };
 use crate::native::operand;
@@ -22,7 +22,7 @@ use crate::native::operand;
 /// Bytes that a span reaches over at most.
 const WIDEST: i64 = 256;
 /// Spans of a block that are kept.
-pub const SLOTS: usize = 8;
+pub const SLOTS: usize = 40;
 /// Times that the spans of a block may cross pages before it is translated without them.
 pub const CROSSINGS: u16 = 64;
 
@@ -53,8 +53,18 @@ struct Member {
 pub struct Plan {
     members: Vec<Option<Member>>,
     spans: Vec<Span>,
-    /// The span whose difference is in T1.
-    held: Option<usize>,
+    held: Held,
+}
+
+/// What T1 holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Held {
+    #[default]
+    Nothing,
+    /// The difference of a span.
+    Span(usize),
+    /// A guest register that lives in memory.
+    Guest(u8),
 }
 
 /// How an access gets to its page.
@@ -80,7 +90,7 @@ const SLOT: usize = offset_of!(State, spans);
 
 impl Work<'_> {
     /// Sorts the block's accesses into spans.
-    pub fn plan(&mut self, instructions: &[Instruction]) {
+    pub fn plan<'a>(&mut self, instructions: impl Iterator<Item = &'a Instruction>) {
         let mut plan = Plan::default();
         let mut shifts = [0i64; 16];
         // The spans that are open for reading and for writing.
@@ -125,7 +135,7 @@ impl Work<'_> {
 
     /// At the start of a body: nothing is known.
     pub fn no_spans(&mut self) {
-        self.plan.held = None;
+        self.plan.held = Held::Nothing;
         for span in &mut self.plan.spans {
             span.active = false;
         }
@@ -133,12 +143,45 @@ impl Work<'_> {
 
     /// T1 is about to be used for something else.
     pub fn drop_held(&mut self) {
-        self.plan.held = None;
+        self.plan.held = Held::Nothing;
+    }
+
+    /// Whether T1 is this guest register.
+    pub fn holds(&self, guest: u8) -> bool {
+        self.plan.held == Held::Guest(guest)
+    }
+
+    /// A guest register that lives in memory, to T0 or T1.
+    pub fn load_guest(&mut self, to: u8, guest: u8) {
+        if self.holds(guest) {
+            return self.e().mov(to, T1);
+        }
+        self.e().load(to, gpr(guest));
+        if to == T1 {
+            self.plan.held = Held::Guest(guest);
+        }
+    }
+
+    /// To a guest register that lives in memory, from T0 or T1.
+    pub fn store_guest(&mut self, from: u8, guest: u8) {
+        self.e().store(from, gpr(guest));
+        if from == T1 {
+            self.plan.held = Held::Guest(guest);
+        } else if self.holds(guest) {
+            self.drop_held();
+        }
+    }
+
+    /// Control also comes here from where T1 is something else.
+    pub fn drop_held_guest(&mut self) {
+        if matches!(self.plan.held, Held::Guest(_)) {
+            self.drop_held();
+        }
     }
 
     /// Whether the access of the instruction is part of a span that is worth it.
     pub fn reach(&self, index: usize) -> Option<Reach> {
-        let member = self.plan.members.get(index).copied().flatten()?;
+        let member = self.plan.members.get(self.first + index).copied().flatten()?;
         let span = self.plan.spans[member.span];
         match (span.active, span.members) {
             (true, _) => Some(Reach::Follow),
@@ -152,11 +195,11 @@ impl Work<'_> {
     /// Has T1 hold what is to be added to the address of the instruction's operand at `disp`. A leader uses RAX and
     /// the host's flags, a follower neither.
     pub fn reach_span(&mut self, index: usize, disp: i32, bytes: u64, write: bool) {
-        let Some(member) = self.plan.members[index] else { unreachable!("`reach` was asked") };
+        let Some(member) = self.plan.members[self.first + index] else { unreachable!("`reach` was asked") };
         let span = self.plan.spans[member.span];
         let slot = state(SLOT + member.span * 8);
         if span.active {
-            if self.plan.held != Some(member.span) {
+            if self.plan.held != Held::Span(member.span) {
                 self.e().load(T1, slot);
             }
         } else {
@@ -183,7 +226,7 @@ impl Work<'_> {
             self.t.outlines.push(Outline::Span { missed, again, moved, own, site, reach, make });
             self.plan.spans[member.span].active = true;
         }
-        self.plan.held = Some(member.span);
+        self.plan.held = Held::Span(member.span);
     }
 
     /// Has T1 hold what is to be added to the address of an operand that is part of no span. Uses RAX and the host's

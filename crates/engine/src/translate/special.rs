@@ -76,14 +76,14 @@ impl Work<'_> {
     fn lea(&mut self, insn: &Instruction, op: &Uop) -> bool {
         let Some(disp) = self.displacement(op) else { return false };
         let guest = op.dst / 8;
-        let to = HOST[usize::from(guest)].unwrap_or(T0);
-        self.keep_recipe(1 << to);
+        let to = HOST[usize::from(guest)].unwrap_or(T1);
+        self.keep_recipe(host_mask(1 << guest));
         self.offset(op, disp, to);
         if insn.op0_register().size() == 4 {
             self.e().mov32(to, to);
         }
-        if to == T0 {
-            self.e().store(T0, gpr(guest));
+        if to == T1 {
+            self.store_guest(T1, guest);
         }
         true
     }
@@ -92,7 +92,7 @@ impl Work<'_> {
         if let Some(top) = self.stack_span(index, -8, true, 1 << STACK) {
             let guest = op.src / 8;
             let value = HOST[usize::from(guest)].unwrap_or_else(|| {
-                self.e().load(T0, gpr(guest));
+                self.load_guest(T0, guest);
                 T0
             });
             self.e().store(value, top);
@@ -121,7 +121,7 @@ impl Work<'_> {
             let to = HOST[usize::from(guest)].unwrap_or(T0);
             self.e().load(to, top);
             if to == T0 {
-                self.e().store(T0, gpr(guest));
+                self.store_guest(T0, guest);
             }
             if to != STACK {
                 self.e().lea(STACK, Mem::Base(STACK, 8));
@@ -405,10 +405,10 @@ impl Work<'_> {
         let at = offset_of!(Cpu, seg) + usize::from(op.src) * size_of::<Segment>() + offset_of!(Segment, selector);
         let guest = op.dst / 8;
         let to = HOST[usize::from(guest)].unwrap_or(T0);
-        self.keep_recipe(1 << to);
+        self.keep_recipe(host_mask(1 << guest));
         self.e().rm(false, &[0x0f, 0xb7], to, Mem::State(at));
         if to == T0 {
-            self.e().store(T0, gpr(guest));
+            self.store_guest(T0, guest);
         }
     }
 

@@ -101,7 +101,7 @@ impl Interpreter {
         })
     }
 
-    fn figure(&self, name: &str) -> u64 {
+    pub fn figure(&self, name: &str) -> u64 {
         self.vcpu.stats().exits.get(name).copied().unwrap_or(0)
     }
 

@@ -242,6 +242,9 @@ fn sequences() {
     );
     assert!(differences.is_empty(), "sequences that differ: {differences:?}");
     assert!(died <= 1 + done / 10_000);
+    let (hot, paths) = (engines.mixed.figure("translated_hot_blocks"), engines.mixed.figure("translated_paths"));
+    println!("{hot} blocks were hot, {paths} translations went through several");
+    assert!(hot > done / 20 && paths > done / 100, "hot code is hardly tried");
     assert!(translated > done * 9 / 10 && faults > done / 20 && faults < done * 9 / 10);
 }
 
@@ -255,7 +258,7 @@ struct Engines {
 impl Engines {
     fn new() -> Self {
         let engine = |promote| interpreter::Interpreter::promoting(promote).expect("a virtual machine");
-        Self { interpreter: engine(0), translator: engine(1), mixed: engine(3) }
+        Self { interpreter: engine(0), translator: engine(1), mixed: engine(2) }
     }
 
     fn difference(&mut self, case: &Case, assembled: &sequence::Assembled, native: &case::Outcome) -> Option<String> {
