@@ -30,14 +30,15 @@ pub struct Block {
     /// How often a span of its translation crossed pages; from [`crate::translate::span::CROSSINGS`] on it is translated
     /// without.
     pub crossings: u16,
-    /// It is run so often that it is worth more: see [`crate::translate::window`].
+    /// It is run so often that it is worth more: see [`crate::heat`].
     pub hot: bool,
+    /// It is part of a loop, and its accesses have windows: see [`crate::translate::window`].
+    pub loops: bool,
     /// Times that it was seen while hot code was looked for.
     pub heat: u8,
     /// Ops whose accesses do without windows all the same.
     pub plain: u64,
-    /// The block whose translation went on with this one; null if there was none.
-    pub part_of: *mut Block,
+
     /// Instructions.
     pub count: u8,
     /// Ops that stand for instructions (fewer where some are fused).
@@ -95,6 +96,8 @@ pub struct BlockCache {
     changes: Map<u32>,
     /// The blocks that hot ones are followed by, by the address of those.
     paths: Map<Vec<*const Block>>,
+    /// The blocks whose translations go on with others, by the address of these.
+    heads: Map<Vec<*mut Block>>,
     pub code: CodeBuffer,
     /// Entries of translations that were cut, by the address of their code: jumps may still lead there.
     cut: Map<u32>,
@@ -123,6 +126,7 @@ impl BlockCache {
             by_page: Map::default(),
             changes: Map::default(),
             paths: Map::default(),
+            heads: Map::default(),
             code: CodeBuffer::new(count)?,
             cut: Map::default(),
             promote: PROMOTE,
@@ -139,6 +143,18 @@ impl BlockCache {
     /// What a block's translation is to go on with.
     pub fn path(&self, block: *const Block) -> &[*const Block] {
         self.paths.get(&(block as u64)).map_or(&[], |path| path)
+    }
+
+    /// The blocks whose translations go on with this one.
+    pub fn heads(&self, part: *const Block) -> &[*mut Block] {
+        self.heads.get(&(part as u64)).map_or(&[], |heads| heads)
+    }
+
+    pub fn note_head(&mut self, part: *const Block, head: *mut Block) {
+        let heads = self.heads.entry(part as u64).or_default();
+        if !heads.contains(&head) {
+            heads.push(head);
+        }
     }
 
     pub fn set_path(&mut self, block: *const Block, path: Vec<*const Block>) {
@@ -164,6 +180,7 @@ impl BlockCache {
         self.code.clear();
         self.cut.clear();
         self.paths.clear();
+        self.heads.clear();
         self.clears += 1;
     }
 
@@ -192,9 +209,9 @@ impl BlockCache {
             checked: 0,
             crossings: 0,
             hot: false,
+            loops: false,
             heat: 0,
             plain: 0,
-            part_of: ptr::null_mut(),
             runs_left: self.promote.saturating_mul(1 << changes),
             ops,
             count: count as u8,

@@ -20,6 +20,8 @@ const TRACE: usize = 192;
 const LONGEST_PATH: usize = 16;
 /// Times that a block must be met.
 const HOT: u8 = 3;
+/// Times that a block is met in one go where it is part of a loop: its accesses are likely to go where they went before.
+const ROUNDS: usize = 4;
 /// Nanoseconds of CPU time between two looks: at first and while something new is found, and at most.
 const SOON: i64 = 1_000_000;
 const LATE: i64 = 32_000_000;
@@ -204,10 +206,12 @@ impl Cpu {
             }
             let starts = self.cache.path(at).is_empty() && !trace.follows(i);
             let path = if starts { trace.path(at) } else { Vec::new() };
-            if block.hot && path.is_empty() {
+            let loops = trace.eager || trace.seen.iter().filter(|seen| **seen == at).count() >= ROUNDS;
+            if block.hot && path.is_empty() && block.loops >= loops {
                 continue;
             }
             block.hot = true;
+            block.loops |= loops;
             if !path.is_empty() {
                 self.cache.set_path(at, path);
             }

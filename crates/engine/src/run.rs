@@ -264,14 +264,13 @@ impl Cpu {
         self.look_at_tsc();
     }
 
-    /// Replaces a translation, and one that goes on with it; whoever jumps to the old ones comes to the new.
+    /// Replaces a translation, and those that go on with it; whoever jumps to the old ones comes to the new.
     pub fn translate_again(&mut self, block: *mut Block) {
-        // SAFETY: blocks live until the cache is cleared.
-        unsafe {
-            self.translate_anew(block);
-            if !(*block).part_of.is_null() {
-                self.translate_anew((*block).part_of);
-            }
+        let mut all = self.cache.heads(block).to_vec();
+        all.push(block);
+        for block in all {
+            // SAFETY: blocks live until the cache is cleared, which forgets who is whose head.
+            unsafe { self.translate_anew(block) };
         }
     }
 

@@ -75,8 +75,8 @@ pub(super) struct Work<'a> {
     pub(super) again: Option<Flags>,
     pub(super) exits: Vec<Exit>,
     pub(super) plan: Plan,
-    /// The windows of a hot block, but for these ops of each part.
-    pub(super) windows: Option<&'a mut Windows>,
+    /// The accesses of blocks that are part of loops have windows, but for these ops of each part.
+    pub(super) windows: &'a mut Windows,
     pub(super) plain: u64,
     /// See [`flags::in_the_way`].
     pub(super) in_the_way: Vec<bool>,
@@ -197,7 +197,7 @@ impl Cpu {
         // Where everything is translated at once, for tests, every second block counts as hot.
         if self.cache.promote == 1 && self.counters.translated.blocks & 1 != 0 {
             // SAFETY: as above.
-            unsafe { (*block).hot = true };
+            unsafe { ((*block).hot, (*block).loops) = (true, true) };
         }
         let started = std::time::Instant::now();
         let Some(mut t) = self.translator.take() else { return false };
@@ -226,8 +226,7 @@ impl Cpu {
             again: None,
             exits: Vec::new(),
             plan: Plan::default(),
-            // SAFETY: as above.
-            windows: unsafe { (*block).hot }.then_some(&mut self.tlb.windows),
+            windows: &mut self.tlb.windows,
             plain: 0,
             in_the_way: flags::in_the_way(parts.iter().flat_map(|p| &p.instructions)),
         };
@@ -249,8 +248,8 @@ impl Cpu {
             (*block).dead = (at + dead) as u32;
             (*block).code = self.cache.code.address(at);
             self.cache.translated(&*block);
-            parts[1..].iter().for_each(|p| (*p.block.cast_mut()).part_of = block);
         }
+        parts[1..].iter().for_each(|p| self.cache.note_head(p.block, block));
         let c = &mut self.counters.translated;
         c.blocks += 1;
         c.instructions += count as u64;
@@ -397,9 +396,11 @@ impl Work<'_> {
     pub(super) fn window(&mut self, index: usize, bytes: u64, write: bool) -> Option<u64> {
         let table = self.table(write);
         // SAFETY: the block is alive.
-        let user = unsafe { (*self.block).mode } & mode::USER != 0;
-        let wanted = self.plain >> index & 1 == 0;
-        self.windows.as_mut().filter(|_| wanted)?.add(bytes, table, write, user)
+        let (loops, user) = unsafe { ((*self.block).loops, (*self.block).mode & mode::USER != 0) };
+        if !loops || self.plain >> index & 1 != 0 {
+            return None;
+        }
+        self.windows.add(bytes, table, write, user)
     }
 
     pub(super) fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {

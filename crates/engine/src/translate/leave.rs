@@ -64,9 +64,10 @@ impl Cpu {
             return;
         }
         self.tlb.windows.make_room();
-        if self.tlb.windows.is_hasty(window) {
-            // SAFETY: the block is alive, as the caller says.
-            unsafe { (*site.block.cast_mut()).plain |= 1 << site.index };
+        // SAFETY: the block is alive, as the caller says.
+        let plain = unsafe { &mut (*site.block.cast_mut()).plain };
+        if self.tlb.windows.is_hasty(window) && *plain >> site.index & 1 == 0 {
+            *plain |= 1 << site.index;
             self.counters.translated.windowless += 1;
             self.translated.again.push(site.block.cast_mut());
             self.signal.note(request::HOT);

@@ -19,7 +19,7 @@ const LISTED: usize = 768;
 /// Moves of a window until it is asked how quickly they came.
 pub const PATIENCE: i32 = 256;
 /// Host TSC ticks for so many moves below which the access does without.
-const HASTE: u64 = PATIENCE as u64 * 400;
+const HASTE: u64 = PATIENCE as u64 * 1000;
 
 /// What translated code looks at.
 #[repr(C)]
