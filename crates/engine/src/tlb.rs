@@ -301,6 +301,7 @@ impl CodeSet {
         (self.local_pages, self.local_jumps) = (self.used_pages, self.used_jumps);
         self.flush_local();
         self.large = Regions::default();
+        self.jump_pages = Pages::default();
         self.renew();
     }
 
