@@ -91,7 +91,8 @@ table! { $
         repeated_strings, loads_of_ss, changed_bytes,
     }
     code {
-        modified_by_itself, modified_ahead, reads_beside_code, across_pages, moved_pages, ever_new_operands, data_beside_code,
+        modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, moved_pages,
+        ever_new_operands, data_beside_code,
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,

@@ -295,6 +295,10 @@ fn run_vcpus(
     let in_time = *ended;
     drop(ended);
     board.stop();
+    if !in_time && !all_finish(&threads) {
+        let reports = lock(&board.reports).clone();
+        return Err(format!("no end after {LIMIT:?}, and a vCPU that does not heed its kick; reports: {reports:x?}"));
+    }
 
     let mut crash = None;
     let mut places = Vec::new();
@@ -309,6 +313,14 @@ fn run_vcpus(
         return Err(format!("no end after {LIMIT:?}; vCPUs are at {places:x?}, reports: {reports:x?}"));
     }
     Ok((reports, crash))
+}
+
+/// Whether all threads end in the next seconds.
+fn all_finish<T>(threads: &[thread::JoinHandle<T>]) -> bool {
+    (0..500).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        threads.iter().all(thread::JoinHandle::is_finished)
+    })
 }
 
 fn run_vcpu(

@@ -267,3 +267,25 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// The same behind a write that must be aligned, and so is looked up for itself: a read is the first of those that
+    /// may be looked up together, in a page that may be written, but has code. It must not wait for an entry to write by.
+    code reads_behind_aligned_writes, Long, Reports(&[12]),
+    r#"
+        mov byte ptr [0x90000], 0xc3 // RET
+        mov ebx, 0x90100
+        mov eax, 6
+        movd xmm0, eax
+        mov ecx, 100
+    22: mov eax, 0x90000
+        call rax
+        movaps [rbx], xmm0
+        mov eax, [rbx]
+        add eax, [rbx]
+        dec ecx
+        jnz 22b
+        REPORT eax
+        DONE
+    "#
+}
