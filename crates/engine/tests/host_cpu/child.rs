@@ -9,12 +9,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::case::{CODE, Case, DATA, DATA_END, Mode, Outcome, State, WINDOW, WINDOW_BYTES};
+use super::case::{CODE, CODE_BYTES, Case, DATA, DATA_END, Mode, Outcome, State, WINDOW, WINDOW_BYTES};
 
 /// Cases in one child.
 pub const BATCH: usize = 128;
-/// The longest code of a case.
-pub const CODE_BYTES: usize = 1024;
 
 #[repr(C)]
 struct Slot {

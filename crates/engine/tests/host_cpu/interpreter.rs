@@ -3,25 +3,23 @@
 //! Every exception vector has a handler at privilege 0 that tells its number to a port; the bus then kicks the
 //! vCPU out. What the instruction left behind is in the state and on the handler's stack.
 
-use std::{
-    error::Error,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU32, Ordering},
-    },
-};
+use std::{error::Error, sync::Arc};
 
-use iced_x86::{Code, Mnemonic, RflagsBits};
-use vireo_cpu::{Bus, CpuState, DescriptorTable, Engine, Exit, Kick, Segment, Vcpu, VcpuConfig};
+use iced_x86::{Code, Mnemonic};
+use vireo_cpu::{CpuState, Engine, Exit, Segment, Vcpu, VcpuConfig};
 use vireo_engine::{SoftEngine, native::FeatureSet};
 use vireo_memory::GuestMemory;
 
-use super::case::{CODE, Case, DATA, Executor, Mode, Outcome, State, Verdict, WINDOW_BYTES};
+use super::{
+    case::{CODE, Case, DATA, Executor, Mode, Outcome, State, Verdict, WINDOW_BYTES, status_flags},
+    random_code::bare::{self, Stops},
+};
 
 pub struct Interpreter {
     memory: GuestMemory,
     vcpu: Box<dyn Vcpu>,
-    bus: Arc<Vectors>,
+    /// Hears which vector was taken.
+    bus: Arc<Stops>,
     start: CpuState,
     features: FeatureSet,
     _engine: Arc<SoftEngine>,
@@ -35,36 +33,7 @@ pub struct Interpreter {
     pub left: u64,
 }
 
-/// Hears which vector was taken.
-struct Vectors {
-    taken: AtomicU32,
-    kick: OnceLock<Arc<dyn Kick>>,
-}
-
-impl Bus for Vectors {
-    fn pio_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, port: u16, _: &[u8]) {
-        // Later ones are of the handler that has not been stopped yet.
-        let _ = self.taken.compare_exchange(NONE, port.into(), Ordering::SeqCst, Ordering::SeqCst);
-        if let Some(kick) = self.kick.get() {
-            kick.kick();
-        }
-    }
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn eoi(&self, _: u8) {}
-}
-
-const NONE: u32 = u32::MAX;
-
 // Guest-physical addresses. The data pages are swapped, so that crossing from one into the other is no accident.
-const GDT: u64 = 0x1000;
-const IDT: u64 = 0x2000;
-const TSS: u64 = 0x3000;
 const HANDLERS: u64 = 0x4000;
 const TABLES: u64 = 0x1_0000;
 const STACK_END: u64 = 0x2_1000;
@@ -84,13 +53,12 @@ impl Interpreter {
         let cpuid = engine.supported_cpuid()?;
         let features = FeatureSet::from_cpuid(&cpuid);
         let vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid })?;
-        let bus = Arc::new(Vectors { taken: AtomicU32::new(NONE), kick: OnceLock::new() });
-        let _ = bus.kick.set(vcpu.kicker());
+        let bus = Stops::new(vcpu.kicker());
         Ok(Self {
             memory,
             vcpu,
             bus,
-            start: user_state(),
+            start: bare::state(TABLES, 0x1b, 0xc0f3),
             features,
             _engine: engine,
             promote,
@@ -131,15 +99,18 @@ impl Interpreter {
         for (page, gpa) in case.memory.chunks(0x1000).zip(DATA_AT) {
             self.memory.write(gpa, page)?;
         }
-        self.bus.taken.store(NONE, Ordering::SeqCst);
+        self.bus.arm();
         self.vcpu.set_state(&self.state(case))?;
-        while self.bus.taken.load(Ordering::SeqCst) == NONE {
+        let vector = loop {
             match self.vcpu.run(&*self.bus)? {
                 Exit::Kicked => {}
                 Exit::Crash(info) => return Err(format!("the guest crashed: {info:?}").into()),
             }
-        }
-        self.outcome(case)
+            if let Some(port) = self.bus.port() {
+                break port as u8;
+            }
+        };
+        self.outcome(case, vector)
     }
 
     fn state(&self, case: &Case) -> CpuState {
@@ -160,8 +131,7 @@ impl Interpreter {
         state
     }
 
-    fn outcome(&self, case: &Case) -> Result<Outcome, Box<dyn Error>> {
-        let vector = self.bus.taken.load(Ordering::SeqCst) as u8;
+    fn outcome(&self, case: &Case, vector: u8) -> Result<Outcome, Box<dyn Error>> {
         let state = self.vcpu.state()?;
         let frame = state.gpr[4] + if matches!(vector, 8 | 10..=14 | 17 | 21) { 8 } else { 0 };
         let mut error = [0; 8];
@@ -215,18 +185,7 @@ impl Executor for Interpreter {
     }
 
     fn undefined_flags(&self, case: &Case) -> u64 {
-        let insn = &case.instruction;
-        let stated = insn.rflags_undefined();
-        let flags = [
-            (RflagsBits::OF, 0x800),
-            (RflagsBits::SF, 0x80),
-            (RflagsBits::ZF, 0x40),
-            (RflagsBits::AF, 0x10),
-            (RflagsBits::CF, 0x01),
-            (RflagsBits::PF, 0x04),
-        ];
-        let stated = flags.iter().fold(0, |all, (iced, bit)| all | if stated & iced != 0 { *bit } else { 0 });
-        stated | shift_flags(case)
+        status_flags(case.instruction.rflags_undefined()) | shift_flags(case)
     }
 }
 
@@ -275,44 +234,16 @@ fn undefined_result(case: &Case) -> bool {
     vendor || (double && count(case).is_some_and(|(count, bits)| count > bits))
 }
 
-fn user_state() -> CpuState {
-    let data = Segment { selector: 0x1b, base: 0, limit: u32::MAX, rights: 0xc0f3, unusable: false };
-    let mut state = CpuState::reset();
-    state.segments = [data; 6];
-    state.tr = Segment { selector: 0x30, base: TSS, limit: 0x67, rights: 0x8b, unusable: false };
-    state.ldtr = Segment { unusable: true, ..Segment::default() };
-    state.gdtr = DescriptorTable { base: GDT, limit: 0x3f };
-    state.idtr = DescriptorTable { base: IDT, limit: 0xfff };
-    state.cr0 = 0x8001_0033;
-    state.cr3 = TABLES;
-    // PAE, OSFXSR, OSXMMEXCPT and OSXSAVE.
-    state.cr4 = 0x4_0620;
-    state.efer = 0xd01;
-    state.xcr0 = 7;
-    state
-}
-
 fn lay_out(memory: &GuestMemory) -> Result<(), Box<dyn Error>> {
     let put = |gpa: u64, value: u64| memory.write(gpa, &value.to_le_bytes());
-    let segments: [u64; 8] = [
-        0,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0x00cf_f300_0000_ffff,
-        0x00af_fb00_0000_ffff,
-        0x00cf_fb00_0000_ffff,
-        0x0000_8b00_0000_0067 | TSS << 16,
-        0,
-    ];
-    for (i, descriptor) in segments.into_iter().enumerate() {
-        put(GDT + i as u64 * 8, descriptor)?;
+    for (gpa, word) in bare::segments(STACK_END) {
+        put(gpa, word)?;
     }
-    memory.write(TSS + 4, &STACK_END.to_le_bytes())?;
     for vector in 0..256u64 {
         let handler = HANDLERS + vector * 16;
-        let rights = if vector == 3 { 0xee } else { 0x8e };
-        put(IDT + vector * 16, handler & 0xffff | 8 << 16 | rights << 40 | (handler >> 16 & 0xffff) << 48)?;
-        put(IDT + vector * 16 + 8, 0)?;
+        for (gpa, word) in bare::gate(vector, handler, 0, if vector == 3 { 0xee } else { 0x8e }) {
+            put(gpa, word)?;
+        }
         // out vector, al; jmp $
         memory.write(handler, &[0xe6, vector as u8, 0xeb, 0xfe])?;
     }

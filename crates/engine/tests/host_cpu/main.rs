@@ -8,13 +8,12 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #![allow(unsafe_code)]
 
-mod case;
 mod child;
 mod compare;
-mod generate;
 mod interpreter;
-mod random;
-mod sequence;
+#[path = "../random_code/mod.rs"]
+#[allow(dead_code)] // what other tests use
+mod random_code;
 mod stubs;
 
 use std::collections::BTreeMap;
@@ -22,7 +21,7 @@ use std::collections::BTreeMap;
 use case::{Case, Executor, Mode, Verdict};
 use child::{BATCH, Host};
 use iced_x86::Code;
-use random::Random;
+use random_code::{case, generate, random::Random, sequence};
 use vireo_engine::native::FeatureSet;
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -266,7 +265,7 @@ impl Engines {
             [("interpreter", &mut self.interpreter), ("translator", &mut self.translator), ("both", &mut self.mixed)];
         for (name, engine) in engines {
             let ours = engine.run(case).expect("the virtual machine");
-            if let Some(difference) = sequence::difference(case, assembled, native, &ours) {
+            if let Some(difference) = assembled.difference(case, native, &ours) {
                 return Some(format!("host, {name}: {difference}"));
             }
         }

@@ -8,6 +8,8 @@
 
 mod code;
 mod directed;
+mod numbers;
+#[path = "../random_code/random.rs"]
 mod random;
 mod round;
 mod state;

@@ -1,9 +1,10 @@
 //! A guest: functions, and a script that calls them and disturbs them.
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter};
-use vireo_cpu::{CpuState, DescriptorTable, Segment};
+use vireo_cpu::{CpuState, Segment};
 
-use super::{
+use super::random_code::{
+    bare::{self, TSS},
     case::{CODE, DATA},
     random::Random,
     sequence::{self, Pool},
@@ -17,9 +18,6 @@ pub const EXCEPTION_STACK: std::ops::Range<u64> = 0x2_4000..0x2_8000;
 /// The port that says that the script is over; any other is a stop on the way.
 pub const DONE: u32 = 0x81;
 
-const GDT: u64 = 0x1000;
-const IDT: u64 = 0x2000;
-const TSS: u64 = 0x3000;
 const STUBS: u64 = 0x4000;
 /// Below it, at 0x5000: the stack pointer to go back to.
 const COUNTS: u64 = 0x5010;
@@ -549,20 +547,9 @@ fn stubs() -> Vec<u8> {
 }
 
 fn descriptors(memory: &mut Vec<(u64, Vec<u8>)>) {
-    let segments: [u64; 8] = [
-        0,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0x00cf_f300_0000_ffff,
-        0x00af_fb00_0000_ffff,
-        0x00cf_fb00_0000_ffff,
-        0x0000_8b00_0000_0067 | TSS << 16,
-        0,
-    ];
-    for (i, descriptor) in segments.into_iter().enumerate() {
-        push_to(memory, GDT + i as u64 * 8, descriptor);
+    for (gpa, word) in bare::segments(STACK_END - 0x2000) {
+        push_to(memory, gpa, word);
     }
-    push_to(memory, TSS + 4, STACK_END - 0x2000);
     // IST 1, for exceptions.
     push_to(memory, TSS + 0x24, EXCEPTION_STACK.end);
     for vector in 0..256u64 {
@@ -574,28 +561,18 @@ fn descriptors(memory: &mut Vec<(u64, Vec<u8>)>) {
             BACK => (2, 1),
             _ => (2, 1),
         };
-        let handler = STUBS + stub * 0x40;
-        push_to(memory, IDT + vector * 16, handler & 0xffff | 8 << 16 | ist << 32 | 0xee << 40);
-        push_to(memory, IDT + vector * 16 + 8, 0);
+        for (gpa, word) in bare::gate(vector, STUBS + stub * 0x40, ist, 0xee) {
+            push_to(memory, gpa, word);
+        }
     }
 }
 
 fn state(pcid: bool) -> CpuState {
-    let data = Segment { selector: 0x10, base: 0, limit: u32::MAX, rights: 0xc093, unusable: false };
-    let mut state = CpuState::reset();
-    state.segments = [data; 6];
+    let mut state = bare::state(root(0), 0x10, 0xc093);
     state.segments[1] = Segment { selector: 8, base: 0, limit: u32::MAX, rights: 0xa09b, unusable: false };
     state.segments[4].base = sequence::FS_BASE;
     state.segments[5].base = sequence::GS_BASE;
-    state.tr = Segment { selector: 0x30, base: TSS, limit: 0x67, rights: 0x8b, unusable: false };
-    state.ldtr = Segment { unusable: true, ..Segment::default() };
-    state.gdtr = DescriptorTable { base: GDT, limit: 0x3f };
-    state.idtr = DescriptorTable { base: IDT, limit: 0xfff };
-    state.cr0 = 0x8001_0033;
-    state.cr3 = root(0);
-    state.cr4 = 0x4_0620 | if pcid { 1 << 17 } else { 0 };
-    state.efer = 0xd01;
-    state.xcr0 = 7;
+    state.cr4 |= if pcid { 1 << 17 } else { 0 };
     state.rip = SCRIPT;
     state.gpr[4] = STACK_END;
     state

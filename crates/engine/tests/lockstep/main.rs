@@ -6,64 +6,21 @@
 //! told otherwise. `VIREO_LOCKSTEP_CASES` says how many guests, `VIREO_LOCKSTEP_SEED` (default 1) which.
 #![cfg(target_arch = "x86_64")]
 
-#[path = "../host_cpu/case.rs"]
-#[allow(dead_code)]
-mod case;
-#[path = "../host_cpu/generate.rs"]
-#[allow(dead_code)]
-mod generate;
 mod guest;
-#[path = "../host_cpu/random.rs"]
-#[allow(dead_code)]
-mod random;
-#[path = "../host_cpu/sequence.rs"]
-#[allow(dead_code)]
-mod sequence;
+#[path = "../random_code/mod.rs"]
+#[allow(dead_code)] // what other tests use
+mod random_code;
 
-use std::{
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use guest::{Guest, RAM, USED};
-use random::Random;
-use vireo_cpu::{Bus, CpuState, Engine, Exit, Kick, Vcpu, VcpuConfig};
+use random_code::{bare::Stops, random::Random, sequence};
+use vireo_cpu::{CpuState, Engine, Exit, Vcpu, VcpuConfig};
 use vireo_engine::{SoftEngine, native::FeatureSet};
 use vireo_memory::GuestMemory;
 
-/// The longest code of a function.
-mod child {
-    pub const CODE_BYTES: usize = 0x400;
-}
-
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
-/// Stops the vCPU where the guest writes to a port.
-struct Stops {
-    port: AtomicU32,
-    kick: OnceLock<Arc<dyn Kick>>,
-}
-
-impl Bus for Stops {
-    fn pio_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, port: u16, _: &[u8]) {
-        self.port.store(port.into(), Ordering::SeqCst);
-        if let Some(kick) = self.kick.get() {
-            kick.kick();
-        }
-    }
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn eoi(&self, _: u8) {}
 }
 
 struct Machine {
@@ -91,13 +48,12 @@ impl Machine {
         let cpuid = engine.supported_cpuid().expect("CPUID");
         let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).expect("a vCPU");
         vcpu.set_state(&guest.state).expect("a state");
-        let bus = Arc::new(Stops { port: AtomicU32::new(0), kick: OnceLock::new() });
-        let _ = bus.kick.set(vcpu.kicker());
+        let bus = Stops::new(vcpu.kicker());
         Self { memory, vcpu, bus }
     }
 
     fn run(&mut self) -> Stop {
-        self.bus.port.store(0, Ordering::SeqCst);
+        self.bus.arm();
         let kicker = self.vcpu.kicker();
         let (done, wait) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
@@ -108,10 +64,10 @@ impl Machine {
             });
             let exit = self.vcpu.run(&*self.bus).expect("the vCPU");
             let _ = done.send(());
-            match (exit, self.bus.port.load(Ordering::SeqCst)) {
+            match (exit, self.bus.port()) {
                 (Exit::Crash(info), _) => Stop::Crash(info.reason),
-                (Exit::Kicked, 0) => Stop::Endless,
-                (Exit::Kicked, port) => Stop::Port(port),
+                (Exit::Kicked, None) => Stop::Endless,
+                (Exit::Kicked, Some(port)) => Stop::Port(port),
             }
         })
     }

@@ -1,10 +1,12 @@
 //! One instruction, the state before it, and what came of it.
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, RflagsBits};
 use vireo_engine::native::FeatureSet;
 
 /// Where the code of a case is, in the host's child and for every executor: a page of INT3 around it.
 pub const CODE: u64 = 0x2345_6000;
+/// The longest code of a case.
+pub const CODE_BYTES: usize = 0x400;
 /// Two writable pages with nothing mapped before and behind.
 pub const DATA: u64 = 0x4567_8000;
 pub const DATA_END: u64 = DATA + 0x2000;
@@ -14,6 +16,20 @@ pub const WINDOW_BYTES: usize = (DATA_END - WINDOW) as usize;
 
 /// RFLAGS' status bits.
 pub const STATUS: u64 = 0x8d5;
+
+/// Status flags as iced says them, in RFLAGS' places.
+pub fn status_flags(iced: u32) -> u64 {
+    [
+        (RflagsBits::OF, 0x800),
+        (RflagsBits::SF, 0x80),
+        (RflagsBits::ZF, 0x40),
+        (RflagsBits::AF, 0x10),
+        (RflagsBits::CF, 0x01),
+        (RflagsBits::PF, 0x04),
+    ]
+    .iter()
+    .fold(0, |all, (from, to)| all | if iced & from != 0 { *to } else { 0 })
+}
 
 /// User-visible registers.
 #[repr(C)]
