@@ -4,13 +4,8 @@ mod support;
 
 use std::path::Path;
 
-use support::{Captured, busybox, initramfs, linux_kernels, write};
-use vireo_api::ByteSize;
-use vireo_machine::{
-    Control, Outcome,
-    config::{Accel, BootConfig, MachineConfig},
-    run,
-};
+use support::{boot_linux, busybox, initramfs, linux_kernels};
+use vireo_machine::Outcome;
 
 /// Says how many processors there are, and ends by `how`.
 fn script(how: &str) -> String {
@@ -23,21 +18,7 @@ fn script(how: &str) -> String {
 }
 
 fn boot(kernel: &Path, busybox: &[u8], vcpus: u32, how: &str, outcome: &Outcome) {
-    let folder = tempfile::tempdir().unwrap();
-    let initrd = Some(write(folder.path(), "initrd", &initramfs(busybox, &script(how))));
-    let cmdline = "console=ttyS0 panic=-1".into();
-    let boot = BootConfig { kernel: kernel.to_owned(), initrd, cmdline, decompressor: None };
-    let serial = Captured::default();
-    let config = MachineConfig {
-        vcpus,
-        accel: Accel::Soft,
-        memory: ByteSize(256 << 20),
-        serial: Some(serial.stream()),
-        reboot: false,
-        ..MachineConfig::new(boot)
-    };
-    let report = run(&config, &Control::default(), |_| {}).unwrap();
-    let text = serial.text();
+    let (report, text) = boot_linux(kernel, &initramfs(busybox, &script(how), &[]), vcpus, "");
     assert_eq!(report.outcome, *outcome, "{}: {text}", kernel.display());
     assert!(text.contains(&format!("init reached with {vcpus} processors")), "{}: {text}", kernel.display());
     assert!(report.first_user.is_some() && report.first_user > report.kernel_entry);

@@ -14,13 +14,8 @@ use std::{
     sync::OnceLock,
 };
 
-use support::{Captured, busybox, cpio::Archive, linux_kernels, write};
-use vireo_api::ByteSize;
-use vireo_machine::{
-    Control, Outcome,
-    config::{Accel, BootConfig, MachineConfig},
-    run,
-};
+use support::{boot_linux, busybox, initramfs, linux_kernels};
+use vireo_machine::Outcome;
 
 // The program: each step's number is its exit status if it goes wrong, 0 if none does. Linux system calls by number:
 // 9 mmap, 11 munmap, 24 sched_yield, 56 clone, 60 exit, 77 ftruncate, 231 exit_group, 319 memfd_create.
@@ -265,35 +260,9 @@ fn boot(test: &str, vcpus: u32, arguments: &str, script: &str) -> Option<(Outcom
             return None;
         }
     };
-    let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "sys", "tmp"] {
-        archive = archive.directory(folder);
-    }
-    let archive = archive
-        .character_device("dev/console", 5, 1)
-        .character_device("dev/null", 1, 3)
-        .file("bin/busybox", 0o755, &busybox)
-        .file("bin/changes-code", 0o755, &changes_code())
-        .file("init", 0o755, format!("#!/bin/busybox sh\n{script}").as_bytes())
-        .finish();
-    let folder = tempfile::tempdir().unwrap();
-    let serial = Captured::default();
-    let boot = BootConfig {
-        kernel,
-        initrd: Some(write(folder.path(), "initrd", &archive)),
-        cmdline: format!("console=ttyS0 panic=-1 {arguments}"),
-        decompressor: None,
-    };
-    let config = MachineConfig {
-        vcpus,
-        accel: Accel::Soft,
-        memory: ByteSize(256 << 20),
-        serial: Some(serial.stream()),
-        reboot: false,
-        ..MachineConfig::new(boot)
-    };
-    let report = run(&config, &Control::default(), |_| {}).unwrap();
-    Some((report.outcome, serial.text()))
+    let initramfs = initramfs(&busybox, script, &[("changes-code", &changes_code())]);
+    let (report, text) = boot_linux(&kernel, &initramfs, vcpus, arguments);
+    Some((report.outcome, text))
 }
 
 const CALM: &str = "\

@@ -9,7 +9,12 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use vireo_machine::config::{Accel, Stream};
+use vireo_api::ByteSize;
+use vireo_machine::{
+    Control, Report,
+    config::{Accel, BootConfig, MachineConfig, Stream},
+    run,
+};
 
 /// Where a tiny kernel is loaded and entered, in 64-bit mode.
 const LOAD_ADDRESS: u64 = 0x10_0000;
@@ -116,18 +121,43 @@ pub fn busybox() -> Option<Vec<u8>> {
     std::fs::read(path).ok()
 }
 
-/// An initramfs whose `/init` is this script for busybox's shell.
-pub fn initramfs(busybox: &[u8], script: &str) -> Vec<u8> {
+/// An initramfs whose `/init` is this script for busybox's shell, with other programs in `/bin` besides.
+pub fn initramfs(busybox: &[u8], script: &str, programs: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = cpio::Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
         archive = archive.directory(folder);
     }
+    for (name, program) in [("busybox", busybox)].iter().chain(programs) {
+        archive = archive.file(&format!("bin/{name}"), 0o755, program);
+    }
     archive
         .character_device("dev/console", 5, 1)
         .character_device("dev/null", 1, 3)
-        .file("bin/busybox", 0o755, busybox)
         .file("init", 0o755, format!("#!/bin/busybox sh\n{script}").as_bytes())
         .finish()
+}
+
+/// Boots Linux on the software engine, with these arguments for the kernel besides: what came of it, and what was
+/// written to its console.
+pub fn boot_linux(kernel: &Path, initramfs: &[u8], vcpus: u32, arguments: &str) -> (Report, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let boot = BootConfig {
+        kernel: kernel.to_owned(),
+        initrd: Some(write(folder.path(), "initrd", initramfs)),
+        cmdline: format!("console=ttyS0 panic=-1 {arguments}"),
+        decompressor: None,
+    };
+    let serial = Captured::default();
+    let config = MachineConfig {
+        vcpus,
+        accel: Accel::Soft,
+        memory: ByteSize(256 << 20),
+        serial: Some(serial.stream()),
+        reboot: false,
+        ..MachineConfig::new(boot)
+    };
+    let report = run(&config, &Control::default(), |_| {}).unwrap();
+    (report, serial.text())
 }
 
 pub fn write(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
