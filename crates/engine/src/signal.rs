@@ -6,13 +6,25 @@ use std::sync::{
 };
 use std::time::{Duration, Instant};
 
-/// Nanoseconds that a halted vCPU waits at most before it sleeps.
+/// Nanoseconds that a halted vCPU waits at most before it sleeps: for what devices and timers have to say, and for
+/// other vCPUs (as long as Linux's KVM does).
 const LONGEST_PATIENCE: u32 = 50_000;
+const LONGEST_FOR_VCPUS: u32 = 200_000;
 
 /// Whether somebody else can run while a vCPU waits.
 fn can_wait() -> bool {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from)) > 1
+}
+
+/// How long to wait the next time, after a halt of this length that was not waited out.
+fn next_patience(patience: u32, halted: Duration, by_vcpu: bool) -> u32 {
+    let longest = if by_vcpu { LONGEST_FOR_VCPUS } else { LONGEST_PATIENCE };
+    if halted < Duration::from_nanos(longest.into()) {
+        return (patience * 2).clamp(longest / 8, longest);
+    }
+    let less = patience / 2;
+    if less < LONGEST_PATIENCE / 16 { 0 } else { less }
 }
 
 /// Reasons to leave translated or interpreted code at the next block boundary.
@@ -42,6 +54,8 @@ pub struct VcpuSignal {
     asleep: AtomicBool,
     /// Nanoseconds for which the vCPU waits for a request before it sleeps.
     patience: AtomicU32,
+    /// Another vCPU sent an interrupt since the last halt.
+    called: AtomicBool,
     pub sipi_vector: AtomicU32,
     lock: Mutex<()>,
     wake: Condvar,
@@ -60,6 +74,16 @@ impl VcpuSignal {
     /// Asks for attention before the vCPU runs on, but lets it sleep.
     pub fn note(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// The interrupt that is raised next comes from another vCPU.
+    pub fn called(&self) {
+        self.called.store(true, Ordering::Relaxed);
+    }
+
+    /// Has the vCPU sleep at once when it next halts.
+    pub fn lose_patience(&self) {
+        self.patience.store(0, Ordering::Relaxed);
     }
 
     /// Where translated code looks for requests.
@@ -85,26 +109,29 @@ impl VcpuSignal {
     pub fn sleep(&self, until: Option<Instant>) {
         let patience = self.patience.load(Ordering::Relaxed);
         let begun = Instant::now();
-        if patience != 0 {
-            let limit = Duration::from_nanos(patience.into());
-            while begun.elapsed() < limit {
-                for _ in 0..16 {
-                    if self.requests.load(Ordering::SeqCst) & !request::QUIET != 0 {
-                        return;
-                    }
-                    std::hint::spin_loop();
+        if patience != 0 && self.wait_for(Duration::from_nanos(patience.into())) {
+            return;
+        }
+        self.called.store(false, Ordering::Relaxed);
+        self.sleep_well(until);
+        if can_wait() {
+            let next = next_patience(patience, begun.elapsed(), self.called.load(Ordering::Relaxed));
+            self.patience.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a request comes within that time.
+    fn wait_for(&self, time: Duration) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            for _ in 0..16 {
+                if self.requests.load(Ordering::SeqCst) & !request::QUIET != 0 {
+                    return true;
                 }
+                std::hint::spin_loop();
             }
         }
-        self.sleep_well(until);
-        let slept = begun.elapsed();
-        let next = if slept < Duration::from_nanos(LONGEST_PATIENCE.into()) && can_wait() {
-            (patience * 2).clamp(LONGEST_PATIENCE / 8, LONGEST_PATIENCE)
-        } else {
-            let less = patience / 2;
-            if less < LONGEST_PATIENCE / 16 { 0 } else { less }
-        };
-        self.patience.store(next, Ordering::Relaxed);
+        false
     }
 
     fn sleep_well(&self, until: Option<Instant>) {
@@ -126,5 +153,60 @@ impl VcpuSignal {
             }
         }
         self.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(halts: &[(u64, bool)]) -> u32 {
+        halts
+            .iter()
+            .fold(0, |patience, &(micros, by_vcpu)| next_patience(patience, Duration::from_micros(micros), by_vcpu))
+    }
+
+    #[test]
+    fn patience_pays_or_goes() {
+        assert_eq!(after(&[(1000, false); 8]), 0, "long halts are slept through");
+        assert_eq!(after(&[(1000, true); 8]), 0, "whoever ends them");
+        assert_eq!(after(&[(20, false)]), LONGEST_PATIENCE / 8);
+        assert_eq!(after(&[(20, false); 8]), LONGEST_PATIENCE);
+        assert_eq!(after(&[(120, false); 8]), 0, "a device that takes longer is not waited for");
+        assert_eq!(after(&[(120, true); 8]), LONGEST_FOR_VCPUS, "another vCPU is");
+        let mut halts = vec![(120, true); 8];
+        halts.push((1000, false));
+        assert_eq!(after(&halts), LONGEST_FOR_VCPUS / 2);
+        halts.extend([(1000, false); 8]);
+        assert_eq!(after(&halts), 0);
+    }
+
+    #[test]
+    fn a_vcpu_is_woken_whether_it_waits_or_sleeps() {
+        for patience in [0, LONGEST_FOR_VCPUS] {
+            let signal = VcpuSignal::default();
+            signal.patience.store(patience, Ordering::Relaxed);
+            std::thread::scope(|scope| {
+                let sleeper = scope.spawn(|| {
+                    for _ in 0..200 {
+                        signal.sleep(None);
+                        assert_eq!(signal.take(request::INTERRUPT), request::INTERRUPT);
+                    }
+                });
+                while !sleeper.is_finished() {
+                    signal.called();
+                    signal.raise(request::INTERRUPT);
+                    std::thread::yield_now();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn without_patience_a_vcpu_sleeps_at_once() {
+        let signal = VcpuSignal::default();
+        signal.patience.store(LONGEST_FOR_VCPUS, Ordering::Relaxed);
+        signal.lose_patience();
+        assert_eq!(signal.patience.load(Ordering::Relaxed), 0);
     }
 }

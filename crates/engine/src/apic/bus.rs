@@ -55,6 +55,8 @@ pub struct Message {
     pub delivery: Delivery,
     pub vector: u8,
     pub level: bool,
+    /// A vCPU's word to others.
+    pub between_vcpus: bool,
 }
 
 impl Message {
@@ -76,11 +78,29 @@ impl Message {
             (id, true) => Destination::Logical(id),
             (id, false) => Destination::Physical(id),
         };
-        Some(Self { destination, delivery, vector: msi.data as u8, level: msi.data & 1 << 15 != 0 })
+        Some(Self {
+            destination,
+            delivery,
+            vector: msi.data as u8,
+            level: msi.data & 1 << 15 != 0,
+            between_vcpus: false,
+        })
     }
 }
 
 impl LocalApic {
+    fn take(&self, message: Message) {
+        if message.between_vcpus {
+            self.signal.called();
+        }
+        match message.delivery {
+            Delivery::Fixed | Delivery::Lowest => self.deliver(message.vector, message.level),
+            Delivery::Nmi => self.deliver_nmi(),
+            Delivery::Init => self.deliver_init(),
+            Delivery::StartUp => self.deliver_sipi(message.vector),
+        }
+    }
+
     fn is_for(&self, destination: Destination) -> bool {
         match destination {
             Destination::All => true,
@@ -158,24 +178,17 @@ impl ApicBus {
     pub fn send(&self, message: Message) {
         if let (Destination::Physical(id), Delivery::Fixed) = (message.destination, message.delivery) {
             if let Some(apic) = self.get(id) {
-                apic.deliver(message.vector, message.level);
+                apic.take(message);
             }
             return;
         }
         if message.delivery == Delivery::Lowest {
             if let Some(apic) = self.lowest(message) {
-                apic.deliver(message.vector, message.level);
+                apic.take(message);
             }
             return;
         }
-        for apic in self.targets(message.destination) {
-            match message.delivery {
-                Delivery::Fixed | Delivery::Lowest => apic.deliver(message.vector, message.level),
-                Delivery::Nmi => apic.deliver_nmi(),
-                Delivery::Init => apic.deliver_init(),
-                Delivery::StartUp => apic.deliver_sipi(message.vector),
-            }
-        }
+        self.targets(message.destination).for_each(|apic| apic.take(message));
     }
 
     /// Arbitration of lowest priority (11.6.2.4): the processor with the lowest priority; among equals the vector

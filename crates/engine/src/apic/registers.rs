@@ -272,7 +272,7 @@ impl LocalApic {
         };
         // The trigger mode counts for INIT only: IPIs are always edges.
         if let Some(bus) = self.bus.upgrade() {
-            bus.send(Message { destination, delivery, vector, level: false });
+            bus.send(Message { destination, delivery, vector, level: false, between_vcpus: true });
         }
     }
 
