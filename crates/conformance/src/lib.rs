@@ -71,6 +71,9 @@ table! { $
         sizes, accessed_and_dirty, write_protect, no_execute, reserved_bits, invlpg, global_pages, pcid, smep_smap,
         gigabyte_pages,
     }
+    paravirtual {
+        steal_time_register, flush_while_halted,
+    }
     io {
         port_sizes, string_ports, mmio_sizes, mmio_operands,
     }

@@ -16,6 +16,7 @@ use crate::{
     native::{Fpu, Special, Stub, StubCache},
     regs::{Regs, pack, unpack},
     signal::VcpuSignal,
+    steal::StealTime,
     tlb::{CodeSet, DataSet, Tlb},
     translate::{self, block::Translator},
     uop::{Handler, Uop},
@@ -146,6 +147,8 @@ pub struct Counters {
     pub pio: u64,
     pub mmio: u64,
     pub halts: u64,
+    /// Flushes of the TLB that others asked for while this vCPU was halted.
+    pub flushes_asked: u64,
     pub cr3_loads: u64,
     pub code_writes: u64,
     /// Nanoseconds in which guest code ran, where that is measured.
@@ -235,6 +238,7 @@ pub struct Cpu {
     /// EFER bits beyond the core's own that CPUID tells of and that mean nothing here.
     pub efer_extra: u64,
     pub clock: Arc<VcpuClock>,
+    pub steal: StealTime,
     pub signal: Arc<VcpuSignal>,
     pub apic: Arc<LocalApic>,
     pub shared: Arc<Shared>,

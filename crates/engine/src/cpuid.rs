@@ -175,6 +175,8 @@ const FEATURES: &[Feature] = &[
     f(0x8000_0021, 0, Ecx, 7, Amd),    // TSA_FILL_NO
     f(0x4000_0001, 0, Eax, 1, Own),    // KVM: no delays between port accesses
     f(0x4000_0001, 0, Eax, 3, Own),    // KVM: kvmclock, new MSRs
+    f(0x4000_0001, 0, Eax, 5, Own),    // KVM: steal time
+    f(0x4000_0001, 0, Eax, 9, Own),    // KVM: TLB flushes of vCPUs that do not run
     f(0x4000_0001, 0, Eax, 24, Own),   // KVM: kvmclock is stable across vCPUs
 ];
 

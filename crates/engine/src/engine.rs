@@ -31,6 +31,7 @@ use crate::{
     native::{FeatureSet, Fpu, StubCache},
     regs::Regs,
     signal::{VcpuSignal, request},
+    steal::StealTime,
     tlb::Tlb,
     translate::{self, block::Translator},
 };
@@ -159,6 +160,7 @@ impl Engine for SoftEngine {
             plain_msrs: MsrFile::default(),
             efer_extra: efer_extra(&table),
             clock,
+            steal: StealTime::default(),
             signal,
             apic,
             shared: self.shared.clone(),
@@ -276,6 +278,7 @@ impl Vcpu for SoftVcpu {
             ("port_io", c.pio),
             ("mmio", c.mmio),
             ("halts", c.halts),
+            ("flushes_while_halted", c.flushes_asked),
         ]);
         let instructions = cpu.translated.counts.then_some(c.instructions);
         RunStats { instructions, exits }

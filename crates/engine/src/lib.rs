@@ -30,6 +30,7 @@ mod run;
 mod segment;
 pub mod signal;
 mod state;
+mod steal;
 mod task;
 mod tlb;
 mod translate;

@@ -22,7 +22,10 @@
 //!   [`Letter::Changed`]. Such entries are only made where the word is 0, and only replaced or flushed after the letters
 //!   that there are have been read.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock,
+    atomic::{AtomicU64, Ordering},
+};
 
 use vireo_memory::PageWatch;
 
@@ -60,6 +63,8 @@ type Member = (u32, Arc<VcpuSignal>, Arc<CodeMail>);
 pub struct Shared {
     vcpus: RwLock<Vec<Member>>,
     split: Mutex<()>,
+    /// Until when, by the machine's clock, the host is taken to have more to do than processors.
+    crowded_until: AtomicU64,
     /// When the first instruction with user privilege ran.
     pub first_user: std::sync::OnceLock<std::time::Instant>,
 }
@@ -72,6 +77,15 @@ impl Shared {
     /// Held during a locked operation that is not one access of the host: split over pages, or on a device.
     pub fn split_lock(&self) -> MutexGuard<'_, ()> {
         self.split.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// vCPUs were kept waiting for a processor of the host, and will be for some time.
+    pub fn is_crowded_until(&self, ns: u64) {
+        self.crowded_until.store(ns, Ordering::Relaxed);
+    }
+
+    pub fn is_crowded(&self, now_ns: u64) -> bool {
+        now_ns < self.crowded_until.load(Ordering::Relaxed)
     }
 
     /// Tells all vCPUs but `by` that code in this page changed.

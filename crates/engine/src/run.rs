@@ -21,11 +21,15 @@ use crate::{
     uop::Ctl,
 };
 
+/// For how long a host that kept a vCPU waiting is taken to be busy.
+const CROWDED_NS: u64 = 50_000_000;
+
 impl Cpu {
     /// Runs until a kick or a crash.
     pub fn run_loop(&mut self) -> Exit {
         self.forget_next();
         translate::point_gs(self.translated.cpu);
+        self.go_on();
         loop {
             if self.is_called() || self.halted || self.wait_for_sipi {
                 if let Some(exit) = self.attend() {
@@ -454,6 +458,7 @@ impl Cpu {
             }
             if requests & request::TIMER != 0 {
                 self.apic.timer_due();
+                self.look_at_waits();
             }
             if requests & request::HOT != 0 {
                 self.look_for_heat();
@@ -489,8 +494,32 @@ impl Cpu {
             }
             if self.signal.pending() == 0 {
                 self.park_fpu();
+                self.steal.halts(&self.memory);
+                if self.shared.is_crowded(self.clock.vm().ns()) {
+                    self.signal.lose_patience();
+                }
                 self.signal.sleep(None);
+                self.go_on();
             }
+        }
+    }
+
+    /// Nothing of the guest's was read or written for a while.
+    fn go_on(&mut self) {
+        if self.steal.goes_on(&self.memory) {
+            self.counters.flushes_asked += 1;
+            self.see_letters();
+            self.tlb.flush_all();
+            self.forget_next();
+        }
+        self.look_at_waits();
+    }
+
+    /// Whether this vCPU's thread had to wait for a processor of the host.
+    fn look_at_waits(&mut self) {
+        let now = self.clock.vm().ns();
+        if self.steal.account(now, &self.memory) {
+            self.shared.is_crowded_until(now + CROWDED_NS);
         }
     }
 

@@ -5,13 +5,14 @@ use vireo_cpu::{CpuError, CpuState, PendingEvents};
 use crate::{cpu::Cpu, ops::system::msr, signal::request};
 
 /// MSRs that the core keeps in fields of its own.
-const CORE_MSRS: [u32; 13] = [
+const CORE_MSRS: [u32; 14] = [
     crate::clock::msr::TSC_ADJUST,
     msr::SYSENTER_CS,
     msr::SYSENTER_ESP,
     msr::SYSENTER_EIP,
     crate::clock::msr::KVM_WALL_CLOCK,
     crate::clock::msr::KVM_SYSTEM_TIME,
+    crate::steal::MSR,
     msr::STAR,
     msr::LSTAR,
     msr::CSTAR,
@@ -101,6 +102,8 @@ impl Cpu {
         if state.tsc != 0 {
             self.clock.set_tsc(state.tsc);
         }
+        // A machine that starts anew does not know of the old one's record.
+        self.steal = crate::steal::StealTime::default();
         for &(index, value) in &state.msrs {
             // A register that this engine does not know stays behind: its feature is not advertised either.
             if self.write_msr(index, value).is_err() && CORE_MSRS.contains(&index) {

@@ -2,7 +2,7 @@ use std::{
     fmt, io, ptr,
     sync::{
         Arc, OnceLock, Weak,
-        atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
+        atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
     },
 };
 
@@ -303,6 +303,13 @@ atomics! {
 }
 
 impl GuestMemory {
+    /// Atomic exchange; what was there before.
+    pub fn swap_u8(&self, gpa: u64, value: u8, order: Ordering) -> Result<u8, MemoryError> {
+        let before = self.atomic::<AtomicU8>(gpa)?.swap(value, order);
+        self.written(gpa, 1);
+        Ok(before)
+    }
+
     /// `A` must be one of the standard atomic integers; a misaligned address counts as out of range.
     fn atomic<A>(&self, gpa: u64) -> Result<&A, MemoryError> {
         let len = size_of::<A>() as u64;
@@ -401,6 +408,9 @@ mod tests {
         let memory = GuestMemory::new(1 << 12, 1 << 12).unwrap();
         memory.store_u16(2, 0xbeef, Ordering::Release).unwrap();
         assert_eq!(memory.load_u16(2, Ordering::Acquire).unwrap(), 0xbeef);
+        assert_eq!(memory.swap_u8(3, 0x11, Ordering::SeqCst).unwrap(), 0xbe);
+        assert_eq!(memory.load_u16(2, Ordering::Acquire).unwrap(), 0x11ef);
+        assert!(memory.swap_u8(memory.bytes(), 0, Ordering::SeqCst).is_err());
         assert!(memory.load_u32(2, Ordering::Acquire).is_err());
         assert!(memory.load_u32(4094, Ordering::Acquire).is_err());
     }

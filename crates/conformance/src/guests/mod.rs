@@ -7,6 +7,7 @@ pub mod exceptions;
 pub mod interrupts;
 pub mod io;
 pub mod paging;
+pub mod paravirtual;
 pub mod protected;
 pub mod real;
 pub mod smp;

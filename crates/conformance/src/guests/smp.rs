@@ -7,7 +7,7 @@
 use crate::Expected::Reports;
 
 macro_rules! smp_guest {
-    ($(#[$doc:meta])* $module:ident $name:ident, $vcpus:literal, $reports:expr, $text:literal) => {
+    ($(#[$doc:meta])* $module:ident $name:ident, $vcpus:literal, $reports:expr, $text:literal $(, $field:ident: $value:expr)* $(,)?) => {
         $(#[$doc])*
         pub fn $name() -> crate::Guest {
             mod text {
@@ -84,14 +84,18 @@ macro_rules! smp_guest {
                     bytes()
                 }
             }
+            #[allow(clippy::needless_update)]
             crate::Guest {
-                name: concat!(stringify!($module), "::", stringify!($name)),
-                code: text::get(),
-                start: crate::Start::Long,
-                vcpus: $vcpus,
-                expected: Reports($reports),
-                needs: &[],
-                emulator_errs: None,
+                $($field: $value,)*
+                ..crate::Guest {
+                    name: concat!(stringify!($module), "::", stringify!($name)),
+                    code: text::get(),
+                    start: crate::Start::Long,
+                    vcpus: $vcpus,
+                    expected: Reports($reports),
+                    needs: &[],
+                    emulator_errs: None,
+                }
             }
         }
     };

@@ -104,6 +104,7 @@ fn this_host_has_a_table() {
     let table = soft_cpuid(2_000_000);
     assert_eq!(table.get(0, 0).eax, 0x16);
     assert_eq!(&table.get(0x4000_0000, 0).ebx.to_le_bytes(), b"KVMK");
+    assert_eq!(table.get(0x4000_0001, 0).eax, 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 24);
     let brand: Vec<u8> = (0x8000_0002..=0x8000_0004u32)
         .flat_map(|leaf| {
             let l = table.get(leaf, 0);

@@ -6,6 +6,7 @@ use crate::{
     fault::Run,
     mmu::canonical,
     msr::MsrFault,
+    steal,
     uop::Uop,
 };
 
@@ -37,6 +38,9 @@ impl Cpu {
         if crate::apic::is_apic_msr(index) {
             let value = self.apic.msr_read(index);
             return self.msr_fault(value);
+        }
+        if index == steal::MSR && self.tells_steal_time() {
+            return Ok(self.steal.msr());
         }
         Ok(match index {
             EFER => self.efer,
@@ -75,6 +79,10 @@ impl Cpu {
             }
             return Ok(());
         }
+        if index == steal::MSR && self.tells_steal_time() {
+            let result = self.steal.set(value, &memory);
+            return self.msr_fault(result);
+        }
         let must_be_canonical =
             matches!(index, LSTAR | CSTAR | FS_BASE | GS_BASE | KERNEL_GS_BASE | SYSENTER_ESP | SYSENTER_EIP);
         if must_be_canonical && !canonical(value) {
@@ -99,6 +107,10 @@ impl Cpu {
             }
         }
         Ok(())
+    }
+
+    fn tells_steal_time(&self) -> bool {
+        self.cpuid.get(0x4000_0001, 0).eax & 1 << 5 != 0
     }
 
     fn write_efer(&mut self, value: u64) -> Run {
