@@ -15,7 +15,9 @@ pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 2048;
 const CODE_ENTRIES: usize = 256;
 pub const JUMP_ENTRIES: usize = 16384;
-pub const JUMP_HASH_SHIFT: u32 = 10;
+/// How jumps are spread: by the high bits of a product.
+pub const JUMP_FACTOR: u32 = 0x9e37_79b1;
+pub const JUMP_SHIFT: u32 = u32::BITS - JUMP_ENTRIES.ilog2();
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
 /// No canonical address, and so never the target of a jump.
@@ -262,7 +264,7 @@ pub struct CodeSet {
 /// (`Work::jump_to`).
 #[inline(always)]
 const fn jump_index(linear: u64) -> usize {
-    ((linear ^ linear >> JUMP_HASH_SHIFT) & (JUMP_ENTRIES as u64 - 1)) as usize
+    ((linear as u32).wrapping_mul(JUMP_FACTOR) >> JUMP_SHIFT) as usize
 }
 
 /// Jumps that one bit of a set's words stands for.

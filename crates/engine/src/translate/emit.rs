@@ -288,6 +288,12 @@ impl Emitter {
         self.raw(&[imm]);
     }
 
+    /// IMUL of 32 bits by a constant.
+    pub fn multiply(&mut self, to: u8, from: u8, factor: u32) {
+        self.rr(false, &[0x69], to, from);
+        self.raw(&factor.to_le_bytes());
+    }
+
     /// CF from flags in memory: BT word, 8.
     pub fn carry(&mut self, flags: Mem) {
         self.prefixed(&[0x66], false, &[0x0f, 0xba], 4, flags);

@@ -15,12 +15,13 @@ use super::{
 use crate::{
     cache::Block,
     cpu::Cpu,
-    tlb::{CodeSet, JUMP_ENTRIES, JUMP_HASH_SHIFT, Jump},
+    tlb::{CodeSet, JUMP_ENTRIES, JUMP_FACTOR, JUMP_SHIFT, Jump},
     uop::Uop,
 };
 
 const CODE: Mem = Mem::State(offset_of!(Cpu, code));
 const BLOCK_CODE: i32 = offset_of!(Block, code) as i32;
+const _: () = assert!(size_of::<Jump>() == 1 << 4, "as `jump_to` shifts");
 const _: () = assert!(offset_of!(CodeSet, jumps) == 0, "jumps are found two by two at an aligned address");
 
 impl Work<'_> {
@@ -104,11 +105,9 @@ impl Work<'_> {
         let from = self.e().label();
         let e = &mut self.t.emitter;
         // The same as `tlb::jump_index`, times 16.
-        e.mov32(T1, T0);
-        e.shift(false, 5, T1, JUMP_HASH_SHIFT as u8);
-        e.rr(false, &[0x31], T0, T1);
-        e.group1(false, 4, T1, JUMP_ENTRIES as i32 - 1);
-        e.shift(false, 4, T1, 4);
+        e.multiply(T1, T0, JUMP_FACTOR);
+        e.shift(false, 5, T1, JUMP_SHIFT as u8 - 4);
+        e.group1(false, 4, T1, ((JUMP_ENTRIES - 1) * size_of::<Jump>()) as i32);
         e.rm(true, &[0x03], T1, CODE);
         e.rm(true, &[0x3b], T0, Mem::Base(T1, offset_of!(Jump, rip) as i32));
         e.jcc(cc::NE, from);

@@ -1,6 +1,6 @@
 //! What translated code leaves to the interpreter, and the calls by which it does.
 
-use super::{Left, State, vectors};
+use super::{Gathered, Left, State, vectors};
 use crate::{
     cache::Block,
     cpu::{Cpu, cr0, cr4},
@@ -72,6 +72,14 @@ impl Cpu {
             self.translated.again.push(site.block.cast_mut());
             self.signal.note(request::HOT);
         }
+    }
+
+    /// What an access that crosses pages reads, in one piece of [`State::gathered`].
+    fn gather_here(&mut self, linear: u64, bytes: u64) -> bool {
+        let mut gathered = [0; 32];
+        let found = self.gather(linear, &mut gathered[..bytes as usize]);
+        self.translated.gathered = Gathered(gathered);
+        found
     }
 
     /// Instructions of the running block that were counted but did not run.
@@ -158,8 +166,14 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         cpu.at_block(site.block);
         cpu.look_at_window(site);
         let news = cpu.translated.news;
-        // An access that crosses pages faults at its own address or at the second page's: the interpreter knows.
-        let found = if crosses(linear, site.bytes) { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let found = if !crosses(linear, site.bytes) {
+            cpu.direct(linear, site.bytes, site.write)
+        } else if !site.write && cpu.gather_here(linear, site.bytes) {
+            Ok(Some((&raw mut cpu.translated.gathered).cast()))
+        } else {
+            // It faults at its own address or at the second page's, or goes to two places: the interpreter knows.
+            Ok(None)
+        };
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
             Ok(Some(_)) if cpu.translated.news != news => {
@@ -298,6 +312,7 @@ impl Default for State {
             target: 0,
             scratch: 0,
             operand: 0,
+            gathered: Gathered([0; 32]),
             spans: [0; super::span::SLOTS],
             span_from: 0,
             span_bytes: 0,

@@ -96,6 +96,10 @@ pub enum Left {
     Handler,
 }
 
+/// Aligned for every access of its size.
+#[repr(C, align(32))]
+pub struct Gathered(pub [u8; 32]);
+
 /// What translated code keeps in the [`Cpu`](crate::cpu::Cpu).
 #[repr(C)]
 pub struct State {
@@ -118,6 +122,8 @@ pub struct State {
     pub scratch: u64,
     /// What an instruction overwrote whose flags may have to be made again.
     pub operand: u64,
+    /// What an access read that crosses pages.
+    pub gathered: Gathered,
     /// For each span of the running block, from linear addresses to the host's.
     pub spans: [u64; span::SLOTS],
     /// Of a span that is looked up: where it begins, from the operand that leads it, and its size.
