@@ -7,7 +7,7 @@ use std::{
     ptr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -47,6 +47,8 @@ pub struct SoftEngine {
     shared: Arc<Shared>,
     promote: u32,
     counts: AtomicBool,
+    /// Host addresses from the start of each range of RAM that translated code may reach; 0 where that is not checked.
+    guards: AtomicU64,
 }
 
 impl SoftEngine {
@@ -67,6 +69,7 @@ impl SoftEngine {
             shared,
             promote,
             counts: AtomicBool::new(false),
+            guards: AtomicU64::new(0),
         }))
     }
 
@@ -74,6 +77,13 @@ impl SoftEngine {
     /// otherwise only those are counted that are interpreted.
     pub fn count_instructions(&self) {
         self.counts.store(true, Ordering::Relaxed);
+    }
+
+    /// Has translated code of vCPUs that are made from now on check every address that it is about to read from or write
+    /// to: the process dies of an illegal instruction where that is not the guest's RAM, or farther than `bytes` into one
+    /// of its ranges. For tests.
+    pub fn check_accesses(&self, bytes: u64) {
+        self.guards.store(bytes, Ordering::Relaxed);
     }
 
     /// When the first instruction with user privilege ran, on any vCPU.
@@ -174,6 +184,14 @@ impl Engine for SoftEngine {
         // SAFETY: once, and both are the same `Cpu`'s.
         cpu.tlb.windows = unsafe { cpu.cache.code.windows() };
         cpu.translated.counts = self.counts.load(Ordering::Relaxed);
+        let most = self.guards.load(Ordering::Relaxed);
+        cpu.translated.guards = most != 0;
+        let gathered = &raw const cpu.translated.gathered;
+        let ram = self.memory.ranges().into_iter().map(|(_, host, bytes)| [host as u64, bytes.min(most)]);
+        let own = [gathered as u64, size_of_val(&cpu.translated.gathered) as u64];
+        for (guarded, range) in cpu.translated.guarded.iter_mut().zip(ram.chain([own])) {
+            *guarded = range;
+        }
         cpu.translated.cpu = &raw const *cpu as u64;
         cpu.translated.requests = cpu.signal.word();
         cpu.restore(&CpuState::reset())?;

@@ -514,7 +514,15 @@ impl Default for Tlb {
     fn default() -> Self {
         let mut spaces = vec![Space::boxed()];
         spaces[0].empty = false;
-        Self { kernel: Kernel::boxed(), spaces, current: 0, clock: 0, flushes: 0, empty: None, windows: Windows::default() }
+        Self {
+            kernel: Kernel::boxed(),
+            spaces,
+            current: 0,
+            clock: 0,
+            flushes: 0,
+            empty: None,
+            windows: Windows::default(),
+        }
     }
 }
 

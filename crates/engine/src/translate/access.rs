@@ -195,11 +195,27 @@ impl Work<'_> {
         self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make, pair });
     }
 
+    /// Where accesses are checked: ends the process if these bytes are not the guest's RAM.
+    pub fn guard(&mut self, mem: Mem, bytes: u64) {
+        if !self.guards {
+            return;
+        }
+        let thunk = self.thunks.guard;
+        let e = &mut self.t.emitter;
+        e.push(T0);
+        e.lea(T0, mem);
+        e.call_address(thunk);
+        e.lea(T0, Mem::Base(T0, bytes as i32 - 1));
+        e.call_address(thunk);
+        e.pop(T0);
+    }
+
     /// The outlines pushed since `first` come back to a place where flags are in the host's.
     pub fn flags_wanted(&mut self, first: usize) {
         let host = self.flags.host;
         for outline in &mut self.t.outlines[first..] {
-            if let Outline::Slow { flags, .. } | Outline::SlowNear { flags, .. } | Outline::Moved { flags, .. } = outline
+            if let Outline::Slow { flags, .. } | Outline::SlowNear { flags, .. } | Outline::Moved { flags, .. } =
+                outline
             {
                 *flags = host;
             }

@@ -69,6 +69,8 @@ pub(super) struct Work<'a> {
     /// The x87 state is known to be in the host's registers.
     pub(super) x87: bool,
     counts: bool,
+    /// Accesses are checked: see [`Work::guard`].
+    pub(super) guards: bool,
     /// Where a translation that leads back to its start goes on.
     pub(super) head: Option<Head>,
     /// The state of flags with which it does, before there is a head.
@@ -222,6 +224,7 @@ impl Cpu {
             vectors: 0,
             x87: false,
             counts: self.translated.counts,
+            guards: self.translated.guards,
             head: None,
             again: None,
             exits: Vec::new(),

@@ -41,6 +41,24 @@ struct Place {
     carried: Vec<(Carried, u8)>,
 }
 
+impl Place {
+    /// Where the operand is on the host.
+    fn memory(&self) -> Option<Mem> {
+        let insn = &self.insn;
+        let base = |register: Register| register.number() as u8;
+        match self.operand {
+            Operand::None => None,
+            Operand::InT0 => Some(Mem::Base(T0, 0)),
+            Operand::InT1 => Some(Mem::Base(T1, 0)),
+            Operand::Pair => Some(Mem::Indexed(T0, T1, 0, 0)),
+            Operand::Near(_) => {
+                let disp = insn.memory_displacement64() as i32;
+                Some(Mem::Indexed(base(insn.memory_base()), base(insn.memory_index()), 0, disp))
+            }
+        }
+    }
+}
+
 /// A field of what FSTENV tells.
 fn environment(offset: usize) -> Mem {
     Mem::State(offset_of!(Cpu, fpu) + offset_of!(Fpu, environment) + offset)
@@ -107,6 +125,9 @@ impl Work<'_> {
         let done = self.e().label();
         let first = self.t.outlines.len();
         self.operands(op, index, &found, &place, alignment, fop != 0, done);
+        if let (Some(mem), true) = (place.memory(), self.guards) {
+            self.guard(mem, found.bytes);
+        }
         if found.accumulator {
             self.e().mov(T0, ACCUMULATOR);
         }
@@ -115,7 +136,8 @@ impl Work<'_> {
                 self.load_guest(*host, carried.guest);
             }
         }
-        let (recipe, carry) = if found.flags_out { self.recipe_for(&place, &bytes, &found, index) } else { (None, false) };
+        let (recipe, carry) =
+            if found.flags_out { self.recipe_for(&place, &bytes, &found, index) } else { (None, false) };
         self.e().raw(&bytes);
         if found.accumulator {
             self.e().mov(ACCUMULATOR, T0);
@@ -308,7 +330,11 @@ impl Work<'_> {
                 insn.set_memory_base(Register::R15);
                 insn.set_memory_index(operand::renamed(Register::RAX, HOST[usize::from(base)]?)?);
                 insn.set_memory_displacement64(i64::from(disp) as u64);
-                insn.set_memory_displ_size(match disp { 0 => 0, -128..128 => 1, _ => 8 });
+                insn.set_memory_displ_size(match disp {
+                    0 => 0,
+                    -128..128 => 1,
+                    _ => 8,
+                });
             }
         }
         let encoded = self.t.encoder.encode(&insn, 0);

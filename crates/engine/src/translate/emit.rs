@@ -10,6 +10,7 @@ pub const RDX: u8 = 2;
 
 /// Condition codes as in the low bits of Jcc opcodes.
 pub mod cc {
+    pub const B: u8 = 2;
     pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;

@@ -250,6 +250,7 @@ impl Work<'_> {
                     let done = self.e().label();
                     self.access(index, 8, false, 1, done);
                     self.e().bind(done);
+                    self.guard(Mem::Base(T0, 0), 8);
                     self.e().load(T0, Mem::Base(T0, 0));
                 } else {
                     let guest = op.dst / 8;
@@ -275,12 +276,14 @@ impl Work<'_> {
             FlowControl::Return if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => {
                 self.pack();
                 if let Some(top) = self.stack_span(index, 0, false, 0) {
+                    self.guard(top, 8);
                     self.e().load(T0, top);
                 } else {
                     self.e().mov(T0, STACK);
                     let done = self.e().label();
                     self.access(index, 8, false, 1, done);
                     self.e().bind(done);
+                    self.guard(Mem::Base(T0, 0), 8);
                     self.e().load(T0, Mem::Base(T0, 0));
                 }
                 let (site, size) = (self.site(index, 1, false), 8 + op.imm as i32);
@@ -314,6 +317,7 @@ impl Work<'_> {
         if let Some(top) = self.stack_span(index, -8, true, 0) {
             self.e().load(T0, PAGE);
             self.e().lea(T0, Mem::Base(T0, next as i32));
+            self.guard(top, 8);
             self.e().store(T0, top);
             self.e().lea(STACK, Mem::Base(STACK, -8));
             return;
@@ -324,6 +328,7 @@ impl Work<'_> {
         self.e().bind(done);
         self.e().load(T1, PAGE);
         self.e().lea(T1, Mem::Base(T1, next as i32));
+        self.guard(Mem::Base(T0, 0), 8);
         self.e().store(T1, Mem::Base(T0, 0));
         self.e().lea(STACK, Mem::Base(STACK, -8));
     }

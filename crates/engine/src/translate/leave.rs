@@ -331,6 +331,8 @@ impl Default for State {
             interpret: false,
             running: false,
             counts: false,
+            guards: false,
+            guarded: Default::default(),
             clears: 0,
         }
     }

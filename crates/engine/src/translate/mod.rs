@@ -96,6 +96,10 @@ pub enum Left {
     Handler,
 }
 
+/// Ranges of host memory that translated code may reach where that is checked: RAM in two parts, and
+/// [`State::gathered`].
+pub const GUARDED: usize = 3;
+
 /// Aligned for every access of its size.
 #[repr(C, align(32))]
 pub struct Gathered(pub [u8; 32]);
@@ -158,6 +162,10 @@ pub struct State {
     pub again: Vec<*mut Block>,
     /// Translations count their instructions.
     pub counts: bool,
+    /// Translations check where they read and write: inside of `guarded`.
+    pub guards: bool,
+    /// Start and length of each.
+    pub guarded: [[u64; 2]; GUARDED],
     /// `BlockCache::clears` when translated code last left.
     pub clears: u64,
 }

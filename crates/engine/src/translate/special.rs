@@ -95,6 +95,7 @@ impl Work<'_> {
                 self.load_guest(T0, guest);
                 T0
             });
+            self.guard(top, 8);
             self.e().store(value, top);
             self.e().lea(STACK, Mem::Base(STACK, -8));
             return true;
@@ -108,6 +109,7 @@ impl Work<'_> {
             self.e().load(T1, gpr(guest));
             T1
         });
+        self.guard(Mem::Base(T0, 0), 8);
         self.e().store(value, Mem::Base(T0, 0));
         self.e().lea(STACK, Mem::Base(STACK, -8));
         self.e().bind(done);
@@ -119,6 +121,7 @@ impl Work<'_> {
         if let Some(top) = self.stack_span(index, 0, false, written) {
             let guest = op.dst / 8;
             let to = HOST[usize::from(guest)].unwrap_or(T0);
+            self.guard(top, 8);
             self.e().load(to, top);
             if to == T0 {
                 self.store_guest(T0, guest);
@@ -135,8 +138,12 @@ impl Work<'_> {
         let guest = op.dst / 8;
         self.e().lea(STACK, Mem::Base(STACK, 8));
         match HOST[usize::from(guest)] {
-            Some(host) => self.e().load(host, Mem::Base(T0, 0)),
+            Some(host) => {
+                self.guard(Mem::Base(T0, 0), 8);
+                self.e().load(host, Mem::Base(T0, 0));
+            }
             None => {
+                self.guard(Mem::Base(T0, 0), 8);
                 self.e().load(T1, Mem::Base(T0, 0));
                 self.e().store(T1, gpr(guest));
             }
@@ -155,6 +162,7 @@ impl Work<'_> {
             }
             self.reach_span(index, 0, 8, false);
             self.e().lea(STACK, Mem::Base(FRAME, 8));
+            self.guard(Mem::Indexed(T1, FRAME, 0, 0), 8);
             self.e().load(FRAME, Mem::Indexed(T1, FRAME, 0, 0));
             return true;
         }
@@ -163,6 +171,7 @@ impl Work<'_> {
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
         self.e().lea(STACK, Mem::Base(FRAME, 8));
+        self.guard(Mem::Base(T0, 0), 8);
         self.e().load(FRAME, Mem::Base(T0, 0));
         self.e().bind(done);
         true
@@ -170,6 +179,7 @@ impl Work<'_> {
 
     /// Stores T1 on the stack, which is known to be writable at T0.
     fn pushed(&mut self) {
+        self.guard(Mem::Base(T0, 0), 8);
         self.e().store(T1, Mem::Base(T0, 0));
         self.e().lea(STACK, Mem::Base(STACK, -8));
     }
@@ -177,6 +187,7 @@ impl Work<'_> {
     fn push_constant(&mut self, value: u64, index: usize) -> bool {
         if let Some(top) = self.stack_span(index, -8, true, 1 << STACK) {
             self.e().constant(T0, value);
+            self.guard(top, 8);
             self.e().store(T0, top);
             self.e().lea(STACK, Mem::Base(STACK, -8));
             return true;
@@ -197,6 +208,7 @@ impl Work<'_> {
         self.address(op, disp);
         let done = self.e().label();
         self.access(index, 8, false, 1, done);
+        self.guard(Mem::Base(T0, 0), 8);
         self.e().load(T0, Mem::Base(T0, 0));
         self.e().store(T0, TARGET);
         self.e().lea(T0, Mem::Base(STACK, -8));
@@ -246,6 +258,7 @@ impl Work<'_> {
         if let (true, Some(disp)) = (memory, disp) {
             self.address(op, disp);
             self.access(index, if wide { 8 } else { 4 }, false, 1, done);
+            self.guard(Mem::Base(T0, 0), if wide { 8 } else { 4 });
             self.e().rm(wide, &[0x8b], T1, Mem::Base(T0, 0));
         } else {
             let guest = op.dst / 8;
@@ -310,6 +323,7 @@ impl Work<'_> {
         if insn.has_lock_prefix() {
             self.e().raw(&[0xf0]);
         }
+        self.guard(Mem::Base(T0, 0), bytes);
         self.e().rm(wide, &[0x0f, change.unwrap_or(0xa3)], T1, Mem::Base(T0, 0));
         // Only CF changes: bit 8 of the packed word.
         self.e().raw(&[0x0f, 0x92, 0xc0]);
@@ -373,6 +387,7 @@ impl Work<'_> {
         self.address(op, disp);
         let done = self.e().label();
         self.access(index, 4, true, 1, done);
+        self.guard(Mem::Base(T0, 0), 4);
         self.e().rm(false, &[0x0f, 0xae], 3, Mem::Base(T0, 0));
         self.e().bind(done);
         true
@@ -387,6 +402,7 @@ impl Work<'_> {
         let (done, odd) = (self.e().label(), self.e().label());
         let site = self.site(index, 1, false);
         self.access(index, 4, false, 1, odd);
+        self.guard(Mem::Base(T0, 0), 4);
         self.e().load32(T1, Mem::Base(T0, 0));
         self.e().rr(false, &[0x89], T1, T0);
         self.e().group1(false, 4, T0, 0xffff_1f80_u32 as i32);

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use iced_x86::CpuidFeature;
 
 use super::{
-    HOST, Left, State,
+    GUARDED, HOST, Left, State,
     emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
     leave,
     window::{self, Frame, Kind, LIST_FULL, List, TO_FRAME, Window},
@@ -58,6 +58,8 @@ pub struct Thunks {
     /// Call: an access at RAX that is not in its window, which R15 points at. Comes back with ZF clear and in R15 what is
     /// to be added to the address, or with ZF set when the TLB does not know it either. RAX stays as it is.
     pub window: u64,
+    /// Call: the host's address in RAX must be one of the guest's RAM. Everything stays as it is.
+    pub guard: u64,
     /// Call: a span that missed; RAX is its leading operand's address, R15 its site. To be tried again.
     pub span: u64,
     /// Call: brings vectors in; R15 is what is wanted, EAX the page offset of the instruction.
@@ -157,6 +159,30 @@ impl Maker {
         self.store_registers();
         self.store_vectors(true);
         self.e.jmp(self.tail);
+    }
+
+    /// See [`Thunks::guard`].
+    fn guard(&mut self) {
+        const RCX: u8 = 1;
+        let e = &mut self.e;
+        let fine = e.label();
+        // PUSHFQ
+        e.raw(&[0x9c]);
+        e.push(RCX);
+        for range in 0..GUARDED {
+            let range = offset_of!(State, guarded) + range * 16;
+            e.mov(RCX, T0);
+            e.rm(true, &[0x2b], RCX, state(range));
+            e.rm(true, &[0x3b], RCX, state(range + 8));
+            e.jcc(cc::B, fine);
+        }
+        // UD2
+        e.raw(&[0x0f, 0x0b]);
+        e.bind(fine);
+        e.pop(RCX);
+        // POPFQ
+        e.raw(&[0x9d]);
+        e.ret();
     }
 
     /// Moves the window at R15 to the address in RAX.
@@ -385,6 +411,9 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
 
     thunks.window = m.entry();
     m.window();
+
+    thunks.guard = m.entry();
+    m.guard();
 
     thunks.x87 = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));

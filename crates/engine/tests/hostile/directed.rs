@@ -253,3 +253,36 @@ fn code_that_others_change_all_the_time_does_no_harm() {
     println!("runs, translated blocks: {runs:?}");
     assert!(runs[0].1 > 1000);
 }
+
+/// The check that random guests run under is one.
+#[test]
+fn an_access_where_none_is_allowed_ends_the_process() {
+    use std::os::unix::process::ExitStatusExt;
+    let run = |allowed: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "directed::guest_with_checked_accesses", "--ignored"])
+            .env("VIREO_HOSTILE_ALLOWED", allowed)
+            .output()
+            .unwrap()
+            .status
+    };
+    assert!(run(&u64::MAX.to_string()).success());
+    assert_eq!(run(&(1 << 20).to_string()).signal(), Some(4), "SIGILL");
+}
+
+#[test]
+#[ignore = "started by an_access_where_none_is_allowed_ends_the_process"]
+fn guest_with_checked_accesses() {
+    let Some(allowed) = std::env::var("VIREO_HOSTILE_ALLOWED").ok().and_then(|a| a.parse().ok()) else { return };
+    // MOV [RDI], RCX; UD2, for which there is no handler
+    let (memory, mut state) = long_mode(&[0x48, 0x89, 0x0f, 0x0f, 0x0b]);
+    state.gpr[1] = 7;
+    state.gpr[7] = 2 << 20;
+    let engine = SoftEngine::promoting(&memory, 1).unwrap();
+    engine.check_accesses(allowed);
+    let cpuid = engine.supported_cpuid().unwrap();
+    let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).unwrap();
+    vcpu.set_state(&state).unwrap();
+    assert!(matches!(vcpu.run(&bus()).unwrap(), Exit::Crash(_)));
+    assert_eq!(memory.read_pod::<u64>(2 << 20).unwrap(), 7);
+}

@@ -66,6 +66,10 @@ pub fn play(random: &mut Random, promote: u32, tally: &mut Tally) {
     let low = if random.chance(30) { pages - 8 } else { pages };
     let memory = GuestMemory::new(pages * 4096, low * 4096).unwrap();
     let engine = SoftEngine::promoting(&memory, promote).unwrap();
+    // Half of them with every address looked at that translated code reads from or writes to.
+    if random.chance(50) {
+        engine.check_accesses(u64::MAX);
+    }
     let vcpus = if random.chance(30) { 2 } else { 1 };
     let states = state::guest(random, &memory, vcpus);
     let bus = Rubbish(AtomicU64::new(random.next()));

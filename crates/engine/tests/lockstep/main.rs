@@ -45,6 +45,9 @@ impl Machine {
             memory.write(*gpa, bytes).expect("RAM");
         }
         let engine = SoftEngine::promoting(&memory, promote).expect("an engine");
+        if promote > 1 {
+            engine.check_accesses(u64::MAX);
+        }
         let cpuid = engine.supported_cpuid().expect("CPUID");
         let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).expect("a vCPU");
         vcpu.set_state(&guest.state).expect("a state");
