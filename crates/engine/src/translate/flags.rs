@@ -93,7 +93,7 @@ impl<'a> Ingredients<'a> {
 
     fn immediate(&self, wide: bool) -> Option<i32> {
         let imm = self.insn.try_immediate(1).ok()?;
-        i32::try_from(imm as i64).or_else(|_| if wide { Err(()) } else { Ok(imm as u32 as i32) }).ok()
+        i32::try_from(imm as i64).ok().or(if wide { None } else { Some(imm as u32 as i32) })
     }
 
     fn recipe(self) -> Option<Recipe> {
