@@ -119,12 +119,18 @@ impl Work<'_> {
     /// T0 becomes the distance of the address in it from the window's start. Leads to the label if it is not inside. Uses
     /// the host's flags.
     pub fn check_window(&mut self, window: u64) -> Label {
+        self.compare_window(window, T0)
+    }
+
+    /// The same with the distance in another register.
+    fn compare_window(&mut self, window: u64, distance: u8) -> Label {
         debug_assert!(self.flags.memory || self.recipe.is_some());
         self.drop_held();
         let e = &mut self.t.emitter;
         let missed = e.label();
-        e.rm(true, &[0x2b], T0, Mem::Near(window + offset_of!(Window, start) as u64));
-        e.rm(true, &[0x3b], T0, Mem::Near(window + offset_of!(Window, room) as u64));
+        e.mov(distance, T0);
+        e.rm(true, &[0x2b], distance, Mem::Near(window + offset_of!(Window, start) as u64));
+        e.rm(true, &[0x3b], distance, Mem::Near(window + offset_of!(Window, room) as u64));
         e.jcc(cc::AE, missed);
         self.flags.host = false;
         missed
@@ -180,19 +186,32 @@ impl Work<'_> {
         }
         let make = self.missing_flags();
         if let Some(window) = self.window(index, bytes, write) {
-            let missed = self.check_window(window);
+            let missed;
             if pair {
-                self.e().load(T1, Mem::Near(window + offset_of!(Window, host) as u64));
+                // The address itself waits for nothing.
+                missed = self.compare_window(window, T1);
+                self.e().load(T1, Mem::Near(window + offset_of!(Window, difference) as u64));
             } else {
+                missed = self.check_window(window);
                 self.e().rm(true, &[0x03], T0, Mem::Near(window + offset_of!(Window, host) as u64));
             }
             let again = self.e().mark();
             let form = if pair { Form::Pair } else { Form::Sum };
-            self.t.outlines.push(Outline::Moved { missed, again, done, site, window, form, flags: false, make });
+            self.t.outlines.push(Outline::Moved {
+                missed,
+                again,
+                done,
+                site,
+                window,
+                form,
+                flags: false,
+                held: None,
+                make,
+            });
             return;
         }
         let (missed, again, table) = self.look_up(bytes, write, pair);
-        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, make, pair });
+        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, held: None, make, pair });
     }
 
     /// Where accesses are checked: ends the process if these bytes are not the guest's RAM.
@@ -208,6 +227,21 @@ impl Work<'_> {
         e.lea(T0, Mem::Base(T0, bytes as i32 - 1));
         e.call_address(thunk);
         e.pop(T0);
+    }
+
+    /// The outlines pushed since `first` come back to a place where T1 holds a guest register, if it does.
+    pub fn held_wanted(&mut self, first: usize) {
+        let Some(guest) = self.held_guest() else { return };
+        for outline in &mut self.t.outlines[first..] {
+            match outline {
+                Outline::Slow { held, .. } | Outline::SlowNear { held, .. } | Outline::Moved { held, .. } => {
+                    *held = Some(guest);
+                }
+                // It tries again, or does not come back.
+                Outline::Span { .. } | Outline::Last { .. } | Outline::Vectors { .. } | Outline::X87 { .. } => {}
+                _ => return self.drop_held(),
+            }
+        }
     }
 
     /// The outlines pushed since `first` come back to a place where flags are in the host's.

@@ -82,6 +82,8 @@ pub(super) struct Work<'a> {
     pub(super) plain: u64,
     /// See [`flags::in_the_way`].
     pub(super) in_the_way: Vec<bool>,
+    /// See [`flags::dead`].
+    pub(super) dead: Vec<bool>,
 }
 
 /// A block that a translation is made of: several, where hot code goes from one to the next.
@@ -232,6 +234,7 @@ impl Cpu {
             windows: &mut self.tlb.windows,
             plain: 0,
             in_the_way: flags::in_the_way(parts.iter().flat_map(|p| &p.instructions)),
+            dead: flags::dead(parts.iter().flat_map(|p| &p.instructions)),
         };
         // SAFETY: as above.
         if parts.iter().all(|p| unsafe { (*p.block).crossings } < span::CROSSINGS) {

@@ -152,12 +152,15 @@ impl Work<'_> {
             self.carry = carry;
         } else if found.flags_in {
             self.keep_recipe(host_mask(found.writes));
+        } else if self.dead[self.first + index] {
+            // What is in memory may be old, but nobody looks before it is overwritten.
+            self.flags_set(Flags::IN_MEMORY, None);
         }
         if place.carried.iter().any(|(carried, host)| *host == T1 && !carried.read && !carried.write) {
             self.drop_held();
         }
         if has_memory {
-            self.drop_held_guest();
+            self.held_wanted(first);
             // An instruction that the interpreter did has left its flags in memory.
             self.flags_wanted(first);
         }
@@ -216,7 +219,7 @@ impl Work<'_> {
             // The host's flags are left alone.
             if found.flags_in {
                 self.flags_for(place);
-            } else if !found.flags_out {
+            } else if !found.flags_out && !self.dead[self.first + index] {
                 self.keep_recipe(written);
             }
             if place.operand != Operand::None {
@@ -231,7 +234,8 @@ impl Work<'_> {
             self.pack();
         }
         // Flags that are about to be overwritten must be there for a fault, not for longer.
-        self.keep_flags(if found.overwrites_flags() { 0 } else { written });
+        let unwanted = found.overwrites_flags() || self.dead[self.first + index];
+        self.keep_flags(if unwanted { 0 } else { written });
         let disp = self.displacement(op).unwrap_or_default();
         if x87 {
             self.note_operand(op, disp);

@@ -240,6 +240,29 @@ pub fn in_the_way<'a>(instructions: impl DoubleEndedIterator<Item = &'a Instruct
     found
 }
 
+/// For each of these instructions whether flags that were there before it, if it leaves them alone, are overwritten
+/// before anything can look at them.
+pub fn dead<'a>(instructions: impl DoubleEndedIterator<Item = &'a Instruction>) -> Vec<bool> {
+    use Mnemonic as M;
+    let mut overwritten = false;
+    let mut found: Vec<bool> = instructions
+        .rev()
+        .map(|insn| {
+            let here = overwritten;
+            let registers = insn.op_kinds().all(|k| k != OpKind::Memory)
+                && (0..insn.op_count()).all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).size() >= 4);
+            overwritten = match insn.mnemonic() {
+                M::Add | M::Sub | M::And | M::Or | M::Xor | M::Cmp | M::Test => registers,
+                M::Mov | M::Movzx | M::Movsx | M::Movsxd if registers => overwritten,
+                _ => false,
+            };
+            here
+        })
+        .collect();
+    found.reverse();
+    found
+}
+
 /// MOVZX EAX, [flags]; CMP AL, 0x81 (overflows where AL is 1); SAHF.
 pub fn unpack(e: &mut Emitter) {
     e.rm(false, &[0x0f, 0xb7], T0, FLAGS);

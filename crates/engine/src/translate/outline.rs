@@ -8,12 +8,13 @@ use super::{
     emit::{Label, Mem, T0, T1, cc},
     flags::{self, Flags, Recipe},
     span,
-    thunks::{PAGE, state},
+    thunks::{PAGE, gpr, state},
     window::Window,
 };
 use crate::tlb::{Jump, PAGE_MASK};
 
 /// A piece of it, and where it comes from and goes back to. `make`: how the flags get to memory, if they are not there.
+/// `flags`: they are to be in the host's at `done`; `held`: the guest register that T1 is to be there.
 pub enum Outline {
     /// A memory access that missed.
     Slow {
@@ -24,6 +25,7 @@ pub enum Outline {
         site: u64,
         table: i32,
         flags: bool,
+        held: Option<u8>,
         make: Option<Recipe>,
         /// The host's address is the sum of T0 and T1, else T0.
         pair: bool,
@@ -49,6 +51,7 @@ pub enum Outline {
         site: u64,
         table: i32,
         flags: bool,
+        held: Option<u8>,
         make: Option<Recipe>,
     },
     /// A memory access that is not in its window.
@@ -60,6 +63,7 @@ pub enum Outline {
         window: u64,
         form: Form,
         flags: bool,
+        held: Option<u8>,
         make: Option<Recipe>,
     },
     /// A span that missed.
@@ -133,12 +137,14 @@ pub enum Form {
 }
 
 impl Work<'_> {
-    /// The access or span at the distance in T0 is not in its window: T1 is what the address in T0 lacks, if that could be
-    /// moved; else the flags say "equal".
-    fn move_window(&mut self, window: u64) {
+    /// The access or span whose address (or `distance` in the window) is in T0 is not in its window: T1 is what the
+    /// address in T0 lacks, if that could be moved; else the flags say "equal".
+    fn move_window(&mut self, window: u64, distance: bool) {
         let thunk = self.thunks.window;
         let e = &mut self.t.emitter;
-        e.rm(true, &[0x03], T0, Mem::Near(window + offset_of!(Window, start) as u64));
+        if distance {
+            e.rm(true, &[0x03], T0, Mem::Near(window + offset_of!(Window, start) as u64));
+        }
         e.lea(T1, Mem::Near(window));
         e.call_address(thunk);
     }
@@ -150,7 +156,7 @@ impl Work<'_> {
             let thunks = self.thunks;
             let e = &mut self.t.emitter;
             match outline {
-                Outline::Slow { missed, again, done, site, table, flags, make, pair } => {
+                Outline::Slow { missed, again, done, site, table, flags, held, make, pair } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
                     flags::make(e, make);
@@ -163,9 +169,12 @@ impl Work<'_> {
                     if flags {
                         flags::unpack(e);
                     }
+                    if let Some(guest) = held {
+                        e.load(T1, gpr(guest));
+                    }
                     e.jmp(done);
                 }
-                Outline::SlowNear { missed, again, done, own, site, table, flags, make } => {
+                Outline::SlowNear { missed, again, done, own, site, table, flags, held, make } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
                     flags::make(e, make);
@@ -182,11 +191,14 @@ impl Work<'_> {
                     if flags {
                         flags::unpack(e);
                     }
+                    if let Some(guest) = held {
+                        e.load(T1, gpr(guest));
+                    }
                     e.jmp(done);
                 }
-                Outline::Moved { missed, again, done, site, window, form, flags, make } => {
+                Outline::Moved { missed, again, done, site, window, form, flags, held, make } => {
                     e.bind(missed);
-                    self.move_window(window);
+                    self.move_window(window, !matches!(form, Form::Pair));
                     let e = &mut self.t.emitter;
                     let slow = e.label();
                     e.jcc(cc::E, slow);
@@ -214,12 +226,15 @@ impl Work<'_> {
                     if flags {
                         flags::unpack(e);
                     }
+                    if let Some(guest) = held {
+                        e.load(T1, gpr(guest));
+                    }
                     e.jmp(done);
                 }
                 Outline::Span { missed, again, moved, own, site, reach, make } => {
                     e.bind(missed);
                     if let Some((window, moved)) = moved {
-                        self.move_window(window);
+                        self.move_window(window, true);
                         self.e().jcc(cc::NE, moved);
                     }
                     let e = &mut self.t.emitter;

@@ -172,10 +172,11 @@ impl Work<'_> {
         }
     }
 
-    /// Control also comes here from where T1 is something else.
-    pub fn drop_held_guest(&mut self) {
-        if matches!(self.plan.held, Held::Guest(_)) {
-            self.drop_held();
+    /// The guest register that T1 is.
+    pub fn held_guest(&self) -> Option<u8> {
+        match self.plan.held {
+            Held::Guest(guest) => Some(guest),
+            _ => None,
         }
     }
 
@@ -245,13 +246,33 @@ impl Work<'_> {
             let missed = self.check_window(window);
             self.e().load(T1, Mem::Near(window + offset_of!(Window, difference) as u64));
             let (again, form) = (self.e().mark(), Form::Near(own));
-            self.t.outlines.push(Outline::Moved { missed, again, done, site, window, form, flags: false, make });
+            self.t.outlines.push(Outline::Moved {
+                missed,
+                again,
+                done,
+                site,
+                window,
+                form,
+                flags: false,
+                held: None,
+                make,
+            });
             return;
         }
         let table = self.table(write);
         let missed = self.look_up_span(bytes, write);
         let again = self.e().mark();
-        self.t.outlines.push(Outline::SlowNear { missed, again, done, own, site, table, flags: false, make });
+        self.t.outlines.push(Outline::SlowNear {
+            missed,
+            again,
+            done,
+            own,
+            site,
+            table,
+            flags: false,
+            held: None,
+            make,
+        });
     }
 
     /// The stack operand of an instruction, `disp` bytes from RSP, if it is part of a span.
