@@ -13,6 +13,8 @@ pub struct Package {
     pub name: String,
     pub version: Version,
     pub architecture: String,
+    /// What a relation must name if it names an architecture: `all` counts as the one that the index is read for.
+    native: String,
     pub priority: String,
     pub essential: bool,
     /// Path below the archive's base address.
@@ -54,7 +56,7 @@ pub enum IndexError {
 }
 
 impl Package {
-    fn parse(paragraph: &Paragraph<'_>, archive: usize) -> Result<Self, IndexError> {
+    fn parse(paragraph: &Paragraph<'_>, archive: usize, native: &str) -> Result<Self, IndexError> {
         let package = paragraph.get("Package").unwrap_or_default();
         let bad = |field| IndexError::Field { package: package.to_owned(), field };
         let text = |field| paragraph.get(field).filter(|v| !v.is_empty()).ok_or_else(|| bad(field));
@@ -66,6 +68,7 @@ impl Package {
             name: text("Package").and_then(|n| is_plain_name(n).then_some(n).ok_or_else(|| bad("Package")))?.to_owned(),
             version: Version::new(text("Version")?),
             architecture: text("Architecture")?.to_owned(),
+            native: native.to_owned(),
             priority: paragraph.get("Priority").unwrap_or("optional").to_owned(),
             essential: paragraph.get("Essential") == Some("yes"),
             filename: filename.to_owned(),
@@ -94,6 +97,9 @@ impl Package {
     ///
     /// An unversioned `Provides` satisfies no versioned dependency (Debian Policy Manual section 7.5).
     pub fn satisfies(&self, target: &Target) -> bool {
+        if target.architecture.as_ref().is_some_and(|wanted| *wanted != self.native) {
+            return false;
+        }
         if self.name == target.name {
             return target.accepts(&self.version);
         }
@@ -130,7 +136,7 @@ impl Index {
     /// Adds the packages of one `Packages` file. Of two versions of a package the higher one stays.
     pub fn add(&mut self, text: &str, archive: usize, architecture: &str) -> Result<(), IndexError> {
         for paragraph in paragraphs(text) {
-            let package = Package::parse(&paragraph?, archive)?;
+            let package = Package::parse(&paragraph?, archive, architecture)?;
             if package.architecture != architecture && package.architecture != "all" {
                 continue;
             }

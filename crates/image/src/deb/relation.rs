@@ -39,6 +39,8 @@ impl Bound {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub name: String,
+    /// The architecture that is meant, where one is named (`libc6-x32:i386`). `:any` names none: there is only one here.
+    pub architecture: Option<String>,
     pub bound: Option<(Bound, Version)>,
 }
 
@@ -51,6 +53,9 @@ impl Target {
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.name)?;
+        if let Some(architecture) = &self.architecture {
+            write!(f, ":{architecture}")?;
+        }
         if let Some((bound, version)) = &self.bound {
             let sign = BOUNDS.iter().find(|(_, b)| b == bound).map_or("?", |(sign, _)| sign);
             write!(f, " ({sign} {version})")?;
@@ -84,14 +89,17 @@ fn target(text: &str) -> Result<Target, RelationError> {
         Some((name, rest)) => (name.trim(), Some(rest.trim_end().strip_suffix(')').ok_or_else(bad)?.trim())),
         None => (text, None),
     };
-    // `perl:any` asks for any architecture; there is only one here.
-    let name = name.split(':').next().unwrap_or(name);
-    let valid = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
-    if name.is_empty() || !name.chars().all(valid) {
+    let (name, architecture) = match name.split_once(':') {
+        Some((name, architecture)) => (name, Some(architecture)),
+        None => (name, None),
+    };
+    let valid = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    if !valid(name) || !architecture.is_none_or(valid) {
         return Err(bad());
     }
+    let architecture = architecture.filter(|a| !["any", "native"].contains(a)).map(str::to_owned);
     let bound = bound.map(|bound| parse_bound(bound).ok_or_else(bad)).transpose()?;
-    Ok(Target { name: name.to_owned(), bound })
+    Ok(Target { name: name.to_owned(), architecture, bound })
 }
 
 fn parse_bound(text: &str) -> Option<(Bound, Version)> {
@@ -111,10 +119,11 @@ mod tests {
         let all = parse("libc6 (>= 2.36), perl:any, a | b (<< 2~) | c (= 1:1-1),\n d(>2)").unwrap();
         assert_eq!(all.len(), 4);
         assert_eq!(all[0][0].to_string(), "libc6 (>= 2.36)");
-        assert_eq!(all[1][0].name, "perl");
+        assert_eq!((all[1][0].name.as_str(), &all[1][0].architecture), ("perl", &None));
         assert_eq!(all[2].iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!(all[2][1].bound.as_ref().unwrap().0, Bound::Earlier);
         assert_eq!(all[3][0].bound.as_ref().unwrap().0, Bound::LaterOrEqual);
+        assert_eq!(parse("a:x32 (= 1)").unwrap()[0][0].to_string(), "a:x32 (= 1)");
         assert!(parse("").unwrap().is_empty());
     }
 
@@ -136,7 +145,7 @@ mod tests {
 
     #[test]
     fn refuses_malformed_relations() {
-        for text in ["a |", "a (>= )", "a (2)", "a (>= 1", "../x", "a b", "a (>= 1 2)"] {
+        for text in ["a |", "a (>= )", "a (2)", "a (>= 1", "../x", "a b", "a (>= 1 2)", "a:", ":amd64"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

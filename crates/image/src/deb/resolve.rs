@@ -58,7 +58,7 @@ pub fn resolve<'a>(index: &'a Index, seeds: &[String]) -> Result<Selection<'a>, 
 }
 
 fn seed<'a>(index: &'a Index, name: &str) -> Result<&'a Package, ResolveError> {
-    let target = Target { name: name.to_owned(), bound: None };
+    let target = Target { name: name.to_owned(), architecture: None, bound: None };
     index.candidates(&target).next().ok_or_else(|| {
         let near = index.near(name);
         let hint = if near.is_empty() { String::new() } else { format!("; near names: {}", near.join(", ")) };

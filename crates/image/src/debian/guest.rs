@@ -138,6 +138,10 @@ pub fn write_first(tree: &mut TreeWriter<impl Write>, hostname: &str) -> Result<
         tree.directory(&format!("usr/{name}"), 0o755)?;
         tree.symlink(name, &format!("usr/{name}"))?;
     }
+    // Empty, but there: alternatives (Java's, say) come with links to manual pages, and fail without a place for them.
+    for section in 1..=9 {
+        tree.directory(&format!("usr/share/man/man{section}"), 0o755)?;
+    }
     tree.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes())?;
     tree.file("etc/hosts", 0o644, HOSTS.as_bytes())?;
     tree.file(

@@ -100,6 +100,20 @@ fn conflicting_packages_are_refused_by_name() {
 }
 
 #[test]
+fn a_relation_to_another_architecture_does_not_concern_this_one() {
+    let index = index(
+        "libc-i386: Conflicts=libc-x32:i386
+         libc-x32: Conflicts=libc-i386:x32
+         app: Depends=libc-i386:amd64; Breaks=gone:amd64
+         other: Depends=libc-i386:x32
+         gone",
+    );
+    assert_eq!(names(&index, &["app", "libc-x32"]).unwrap(), ["app", "libc-i386", "libc-x32"]);
+    assert!(matches!(names(&index, &["other"]), Err(ResolveError::Unsatisfiable { .. })));
+    assert!(matches!(names(&index, &["app", "gone"]), Err(ResolveError::Conflict { .. })));
+}
+
+#[test]
 fn what_is_pre_depended_on_is_installed_earlier_with_its_needs() {
     let index = index(
         "base
