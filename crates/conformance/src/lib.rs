@@ -65,7 +65,7 @@ table! { $
     }
     user {
         there_and_back, faults, fpu_and_simd_faults, device_not_available, alignment_check, syscall_sysret, io_permission, gates,
-        stack_switch,
+        stack_switch, null_selectors,
     }
     paging {
         sizes, accessed_and_dirty, write_protect, no_execute, reserved_bits, invlpg, global_pages, pcid, smep_smap,
@@ -91,7 +91,7 @@ table! { $
         atomics_beside_code, entries_taken_away,
     }
     stepping {
-        repeated_strings, loads_of_ss, changed_bytes,
+        repeated_strings, loads_of_ss, watched_stacks, changed_bytes,
     }
     code {
         modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, moved_pages,

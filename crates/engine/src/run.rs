@@ -151,7 +151,10 @@ impl Cpu {
                 if resumed {
                     self.rflags &= !rflags::RF;
                 }
-                let hits = std::mem::take(&mut self.breakpoint_hits);
+                // A load of SS holds its own back until the next instruction is done, INT n and SYSCALL with the entry
+                // that they make (Intel SDM vol. 3, 7.8.3); a fault of it drops them.
+                let held = self.shadow && ctl == Ctl::Next;
+                let hits = if held { 0 } else { std::mem::take(&mut self.breakpoint_hits) };
                 let stepped = stepping && !self.transferred;
                 if (stepped || hits != 0) && ctl == Ctl::Next {
                     self.debug[4] = self.debug[4] & !15 | hits | u64::from(stepped) << 14;
@@ -432,7 +435,8 @@ impl Cpu {
             .filter(|&i| self.debug[i as usize] == linear)
             .fold(0, |bits, i| bits | 1 << i);
         if hits != 0 {
-            self.debug[4] = self.debug[4] & !15 | hits;
+            let held = std::mem::take(&mut self.breakpoint_hits);
+            self.debug[4] = self.debug[4] & !15 | hits | held;
             self.fault = Fault::new(vector::DB);
             self.forget_next();
         }

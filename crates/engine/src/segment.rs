@@ -484,6 +484,10 @@ impl Cpu {
             if data && rights::dpl(s.rights) < cpl && !s.unusable {
                 self.seg[index] = Segment { selector: 0, base: 0, limit: 0, rights: 0, unusable: true };
             }
+            // A null selector loses its RPL; what FS and GS have for a base stays.
+            if self.seg[index].selector & 0xfffc == 0 {
+                self.seg[index].selector = 0;
+            }
         }
         self.refresh();
         self.set_stack_pointer(sp);

@@ -50,6 +50,56 @@ guest! {
 }
 
 guest! {
+    /// A data breakpoint that a load of SS meets is held back with everything else (Intel SDM vol. 3, 7.8.3): it traps
+    /// behind the next instruction, and where that is INT n, in front of the handler's first one.
+    stepping watched_stacks, Long,
+    Reports(&[1, 0, 3, 0xffff_0ff2, 0x51, 1, 0, 0, 0xffff_0ff2, 0x52, 6, 0, 0, 0x53, 1, 0, 0, 0xffff_0ff3, 0x54]),
+    r#"
+        mov ebx, 0x20000
+        mov qword ptr [rbx], 0x18
+        mov dr1, rbx
+        mov eax, 0x00300404
+        mov dr7, rax
+        lea r14, [rip + 22f]
+        lea r15, [rip + 23f]
+    22: mov ss, [rbx]
+        nop
+    23: REPORT 0x51
+        // INT n: its gate's address is the one that is saved
+        lea rax, [rip + 24f]
+        mov [0x2000 + 16 * 0x30], ax
+        shr eax, 16
+        mov [0x2000 + 16 * 0x30 + 6], ax
+        lea r14, [rip + 24f]
+        lea r15, [rip + 25f]
+        mov ss, [rbx]
+        int 0x30
+    24: nop
+        REPORT 0xbad
+    25: REPORT 0x52
+        // a fault drops it
+        lea r14, [rip + 26f]
+        lea r15, [rip + 27f]
+        mov ss, [rbx]
+    26: ud2
+    27: REPORT 0x53
+        // a breakpoint at the instruction itself comes with it
+        lea rax, [rip + 28f]
+        mov dr0, rax
+        mov eax, 0x00300405
+        mov dr7, rax
+        lea r14, [rip + 28f]
+        lea r15, [rip + 29f]
+        mov ss, [rbx]
+    28: nop
+        REPORT 0xbad
+    29: REPORT 0x54
+        DONE
+    "#,
+    emulator_errs: Some("has no data breakpoints"),
+}
+
+guest! {
     /// A breakpoint for writes of one byte, met by an instruction that reads, changes and writes it, locked and not.
     stepping changed_bytes, Long,
     Reports(&[1, 0, 2, 0xffff_0ff2, 1, 0, 3, 0xffff_0ff2, 1, 0, 2, 0xffff_0ff2, 3]),

@@ -361,3 +361,33 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// A null selector has no RPL any more after a return to ring 3; what FS has for a base stays.
+    user null_selectors, Long, Reports(&[0, 0, 0, 0, 0x1234]),
+    r#"
+        mov ecx, 0xc0000100 // FS base
+        mov eax, 0x40020000
+        xor edx, edx
+        mov qword ptr [rax], 0x1234
+        mov ebx, 3
+        mov ds, ebx
+        mov es, ebx
+        mov fs, ebx
+        mov gs, ebx
+        wrmsr
+        TO_USER
+        mov eax, ds
+        REPORTU eax
+        mov eax, es
+        REPORTU eax
+        mov eax, fs
+        REPORTU eax
+        mov eax, gs
+        REPORTU eax
+        mov eax, fs:[0]
+        REPORTU eax
+        TO_KERNEL
+        DONE
+    "#
+}
