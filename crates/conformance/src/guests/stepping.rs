@@ -53,7 +53,7 @@ guest! {
     /// A data breakpoint that a load of SS meets is held back with everything else (Intel SDM vol. 3, 7.8.3): it traps
     /// behind the next instruction, and where that is INT n, in front of the handler's first one.
     stepping watched_stacks, Long,
-    Reports(&[1, 0, 3, 0xffff_0ff2, 0x51, 1, 0, 0, 0xffff_0ff2, 0x52, 6, 0, 0, 0x53, 1, 0, 0, 0xffff_0ff3, 0x54]),
+    Reports(&[1, 0, 3, 0xffff_0ff2, 0x51, 1, 0, 0, 0xffff_0ff2, 0x52, 6, 0, 0, 0x53, 1, 0, 0, 0xffff_0ff3, 0x54, 1, 0, 0, 0xffff_0ff2, 0x55]),
     r#"
         mov ebx, 0x20000
         mov qword ptr [rbx], 0x18
@@ -94,6 +94,14 @@ guest! {
     28: nop
         REPORT 0xbad
     29: REPORT 0x54
+        // and so it does with INT1
+        lea r14, [rip + 30f]
+        lea r15, [rip + 31f]
+        mov ss, [rbx]
+        .byte 0xf1
+    30: nop
+        REPORT 0xbad
+    31: REPORT 0x55
         DONE
     "#,
     emulator_errs: Some("has no data breakpoints"),

@@ -52,6 +52,8 @@ pub(super) fn int3(cpu: &mut Cpu, op: &Uop) -> Run<After> {
 pub(super) fn int1(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     let back = return_address(cpu, op);
     cpu.interrupt(vector::DB, None, Source::Exception, back)?;
+    // What a load of SS has held back comes with this #DB: one of its own would meet the handler's first instruction.
+    cpu.debug[4] |= std::mem::take(&mut cpu.breakpoint_hits);
     Ok(After::Jumped)
 }
 
