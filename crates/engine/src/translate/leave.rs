@@ -4,6 +4,7 @@ use super::{Gathered, Left, State, vectors};
 use crate::{
     cache::Block,
     cpu::{Cpu, cr0, cr4},
+    fault::Run,
     mmu::crosses,
     ops,
     regs::slot,
@@ -99,6 +100,15 @@ impl Cpu {
         self.regs.gpr[slot::BLOCK] = self.translated.page.wrapping_add(unsafe { (*block).gpa } & PAGE_MASK);
     }
 
+    /// The host's address of an access; `None` where the interpreter knows what comes first: which page's fault where
+    /// it crosses pages, and alignment checks before faults.
+    fn reach(&mut self, linear: u64, site: Site) -> Run<Option<*mut u8>> {
+        if self.inspect || crosses(linear, site.bytes) {
+            return Ok(None);
+        }
+        self.direct(linear, site.bytes, site.write)
+    }
+
     /// Runs one op of a translated block in the interpreter.
     ///
     /// # Safety
@@ -166,13 +176,10 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         cpu.at_block(site.block);
         cpu.look_at_window(site);
         let news = cpu.translated.news;
-        let found = if !crosses(linear, site.bytes) {
-            cpu.direct(linear, site.bytes, site.write)
-        } else if !site.write && cpu.gather_here(linear, site.bytes) {
+        let found = if !site.write && crosses(linear, site.bytes) && cpu.gather_here(linear, site.bytes) {
             Ok(Some((&raw mut cpu.translated.gathered).cast()))
         } else {
-            // It faults at its own address or at the second page's, or goes to two places: the interpreter knows.
-            Ok(None)
+            cpu.reach(linear, site)
         };
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
@@ -204,7 +211,7 @@ pub unsafe extern "C" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         let op = (*site.block).ops.add(site.index);
         let news = cpu.translated.news;
         let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
-        let found = if crosses(linear, site.bytes) { Ok(None) } else { cpu.direct(linear, site.bytes, site.write) };
+        let found = cpu.reach(linear, site);
         let block = &mut *site.block.cast_mut();
         let done = match found {
             Err(_) => {

@@ -10,9 +10,9 @@ use super::random_code::{
     sequence::{self, Pool},
 };
 
-pub const RAM: u64 = 4 << 20;
+const RAM: u64 = 4 << 20;
 /// Nothing is above it.
-pub const USED: u64 = 0x22_0000;
+const USED: u64 = 0x22_0000;
 /// Where the stack of exceptions is: their frames have flags that are nobody's business.
 pub const EXCEPTION_STACK: std::ops::Range<u64> = 0x2_4000..0x2_8000;
 /// The port that says that the script is over; any other is a stop on the way.
@@ -42,6 +42,10 @@ const BACK: u8 = 0x81;
 pub struct Guest {
     pub memory: Vec<(u64, Vec<u8>)>,
     pub state: CpuState,
+    /// Bytes of RAM, and of those that are compared.
+    pub ram: u64,
+    pub used: u64,
+    script: std::ops::Range<u64>,
     /// Where each step of the script begins, and what it is.
     steps: Vec<(u64, String)>,
     functions: Vec<Vec<u8>>,
@@ -126,7 +130,19 @@ impl Guest {
         tables(&mut memory);
         descriptors(&mut memory);
         memory.push((STUBS, stubs()));
-        Self { memory, state: state(pcid), steps, functions }
+        Self { functions, ..Self::of(memory, state(pcid), steps, RAM, USED, SCRIPT..SCRIPT + SCRIPT_BYTES as u64) }
+    }
+
+    /// What another generator made.
+    pub fn of(
+        memory: Vec<(u64, Vec<u8>)>,
+        state: CpuState,
+        steps: Vec<(u64, String)>,
+        ram: u64,
+        used: u64,
+        script: std::ops::Range<u64>,
+    ) -> Self {
+        Self { memory, state, ram, used, script, steps, functions: Vec::new() }
     }
 
     /// Two rounds through as much code as there is room for: `ADD [RDI + n], RAX` again and again.
@@ -145,11 +161,11 @@ impl Guest {
         let mut state = state(false);
         state.rip = USED;
         (state.gpr[0], state.gpr[1], state.gpr[7]) = (1, 2, 0x6000);
-        (Self { memory, state, steps: Vec::new(), functions: Vec::new() }, count * 2)
+        (Self::of(memory, state, Vec::new(), RAM, USED, SCRIPT..SCRIPT), count * 2)
     }
 
     pub fn is_script(&self, rip: u64) -> bool {
-        (SCRIPT..SCRIPT + SCRIPT_BYTES as u64).contains(&rip)
+        self.script.contains(&rip)
     }
 
     /// The script's steps between two addresses of it; the functions that they call as they were at first.

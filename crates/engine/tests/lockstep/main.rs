@@ -7,13 +7,15 @@
 #![cfg(target_arch = "x86_64")]
 
 mod guest;
+mod loops;
 #[path = "../random_code/mod.rs"]
 #[allow(dead_code)] // what other tests use
 mod random_code;
+mod runtime;
 
 use std::{sync::Arc, time::Duration};
 
-use guest::{Guest, RAM, USED};
+use guest::Guest;
 use random_code::{bare::Stops, random::Random, sequence};
 use vireo_cpu::{CpuState, Engine, Exit, Vcpu, VcpuConfig};
 use vireo_engine::{SoftEngine, native::FeatureSet};
@@ -24,6 +26,7 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 struct Machine {
+    promote: u32,
     memory: GuestMemory,
     vcpu: Box<dyn Vcpu>,
     bus: Arc<Stops>,
@@ -40,7 +43,7 @@ enum Stop {
 
 impl Machine {
     fn new(guest: &Guest, promote: u32) -> Self {
-        let memory = GuestMemory::new(RAM, 0xc000_0000).expect("memory");
+        let memory = GuestMemory::new(guest.ram, 0xc000_0000).expect("memory");
         for (gpa, bytes) in &guest.memory {
             memory.write(*gpa, bytes).expect("RAM");
         }
@@ -52,7 +55,7 @@ impl Machine {
         let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).expect("a vCPU");
         vcpu.set_state(&guest.state).expect("a state");
         let bus = Stops::new(vcpu.kicker());
-        Self { memory, vcpu, bus }
+        Self { promote, memory, vcpu, bus }
     }
 
     fn run(&mut self) -> Stop {
@@ -85,7 +88,7 @@ impl Machine {
 }
 
 /// The first difference, in words.
-fn difference(a: &Machine, b: &Machine) -> Option<String> {
+fn difference(guest: &Guest, a: &Machine, b: &Machine) -> Option<String> {
     let (x, y) = (a.state(), b.state());
     for i in 0..16 {
         if x.gpr[i] != y.gpr[i] {
@@ -120,7 +123,7 @@ fn difference(a: &Machine, b: &Machine) -> Option<String> {
         }
     }
     let (mut p, mut q) = ([0u8; 0x1000], [0u8; 0x1000]);
-    for page in (0..USED).step_by(0x1000).filter(|p| !guest::EXCEPTION_STACK.contains(p)) {
+    for page in (0..guest.used).step_by(0x1000).filter(|p| !guest::EXCEPTION_STACK.contains(p)) {
         a.memory.read(page, &mut p).expect("RAM");
         b.memory.read(page, &mut q).expect("RAM");
         if let Some(at) = (0..0x1000).find(|&i| p[i] != q[i]) {
@@ -130,13 +133,16 @@ fn difference(a: &Machine, b: &Machine) -> Option<String> {
     None
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Totals {
     stops: u64,
     translated: u64,
     exceptions: u64,
     interrupts: u64,
     code_writes: u64,
+    /// Translations of hot code, and those that went through several blocks.
+    hot: u64,
+    paths: u64,
     endless: u64,
     crashes: u64,
 }
@@ -168,12 +174,13 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
         for translator in &mut translators {
             let other = translator.run();
             let different = if stop == other {
-                difference(&interpreter, translator)
+                difference(guest, &interpreter, translator)
             } else {
                 Some(format!("{stop:x?}, {other:x?} (rip {:#x}, {:#x})", at, translator.state().rip))
             };
             if let Some(different) = different {
-                return Err(format!("{different}\n{}", guest.script(last, at)));
+                let promote = translator.promote;
+                return Err(format!("{different} (promoting at {promote})\n{}", guest.script(last, at)));
             }
         }
         totals.stops += 1;
@@ -182,14 +189,31 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
         }
         match stop {
             Stop::Port(port) if port != guest::DONE => {}
-            Stop::Crash(_) => {
+            Stop::Crash(reason) => {
                 totals.crashes += 1;
+                if std::env::var_os("VIREO_LOCKSTEP_TRACE").is_some() {
+                    let mut cursor = [0; 8];
+                    let _ = interpreter.memory.read(runtime::CURSOR, &mut cursor);
+                    let state = interpreter.state();
+                    println!(
+                        "{reason} at {at:#x}, cr2 {:#x}, cr0 {:#x}, cr4 {:#x}, efer {:#x}, cr3 {:#x} gpr {:x?}, event {cursor:?}\n{}",
+                        state.cr2,
+                        state.cr0,
+                        state.cr4,
+                        state.efer,
+                        state.cr3,
+                        state.gpr,
+                        guest.script(last, u64::MAX)
+                    );
+                }
                 break;
             }
             _ => break,
         }
     }
-    let [all, _] = &translators;
+    let [all, some] = &translators;
+    totals.hot += some.figure("translated_hot_blocks");
+    totals.paths += some.figure("translated_paths");
     totals.translated += all.figure("translated_entries");
     totals.exceptions += all.figure("exceptions");
     totals.interrupts += all.figure("interrupts");
@@ -197,18 +221,14 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
     Ok(())
 }
 
-#[test]
-fn the_translator_does_what_the_interpreter_does() {
-    let (first, cases) = (setting("VIREO_LOCKSTEP_FIRST", 0), setting("VIREO_LOCKSTEP_CASES", 30));
+/// How many guests, which, and what came of them.
+fn play(name: &str, default: u64, guest: impl Fn(&mut Random) -> Guest) -> (u64, Totals) {
+    let (first, cases) = (setting("VIREO_LOCKSTEP_FIRST", 0), setting("VIREO_LOCKSTEP_CASES", default));
     let seed = setting("VIREO_LOCKSTEP_SEED", 1);
-    let memory = GuestMemory::new(RAM, 0xc000_0000).expect("memory");
-    let cpuid = SoftEngine::new(&memory).and_then(|e| e.supported_cpuid()).expect("CPUID");
-    let pool = sequence::Pool::new(&FeatureSet::from_cpuid(&cpuid));
     let mut totals = Totals::default();
     let mut failed = Vec::new();
     for case in first..first + cases {
-        let mut random = Random(seed << 40 ^ case);
-        let guest = Guest::new(&pool, &mut random);
+        let guest = guest(&mut Random(seed << 40 ^ case));
         if let Err(what) = lockstep(&guest, &mut totals) {
             println!("guest {case}: interpreter, translator: {what}");
             failed.push(case);
@@ -217,20 +237,26 @@ fn the_translator_does_what_the_interpreter_does() {
             }
         }
     }
-    println!(
-        "{cases} guests: {} stops, {} entries of translated code, {} exceptions, {} interrupts, {} writes to code, {} \
-         endless, {} crashes",
-        totals.stops,
-        totals.translated,
-        totals.exceptions,
-        totals.interrupts,
-        totals.code_writes,
-        totals.endless,
-        totals.crashes
-    );
+    println!("{cases} {name}: {totals:?}");
     assert!(failed.is_empty(), "guests that differ: {failed:?}");
+    (cases, totals)
+}
+
+#[test]
+fn the_translator_does_what_the_interpreter_does() {
+    let memory = GuestMemory::new(4 << 20, 0xc000_0000).expect("memory");
+    let cpuid = SoftEngine::new(&memory).and_then(|e| e.supported_cpuid()).expect("CPUID");
+    let pool = sequence::Pool::new(&FeatureSet::from_cpuid(&cpuid));
+    let (cases, totals) = play("guests", 30, |random| Guest::new(&pool, random));
     assert!(totals.stops > cases * 10 && totals.translated > cases * 100 && totals.code_writes > cases);
     assert!(totals.endless + totals.crashes <= cases / 4);
+}
+
+#[test]
+fn loops_see_what_changes_under_them() {
+    let (cases, totals) = play("guests of loops", 30, loops::guest);
+    assert!(totals.stops > cases * 10 && totals.hot > cases * 20 && totals.exceptions > cases * 50);
+    assert!(totals.endless + totals.crashes == 0);
 }
 
 /// More code than translations have room for: they are forgotten and made again.
