@@ -44,6 +44,8 @@ pub struct Sequence {
     items: Vec<Item>,
     state: State,
     memory: Box<[u8; WINDOW_BYTES]>,
+    /// Undefined flags may be taken along by direct jumps, and those of shifts are what the processor makes of them.
+    loose: bool,
 }
 
 impl Item {
@@ -97,6 +99,12 @@ impl Sequence {
         if code.len() > CODE_BYTES - 16 || (self.state.rip & 0xfff) + code.len() as u64 > 0xff0 {
             return None;
         }
+        let undefined = if self.loose { self.undefined_on_all_ways()? } else { self.undefined_in_order()? };
+        Some(Assembled { code, offsets, undefined })
+    }
+
+    /// The undefined flags before each instruction and behind the last, where none are taken along by a jump.
+    fn undefined_in_order(&self) -> Option<Vec<u64>> {
         let mut undefined = vec![0];
         for item in &self.items {
             let before = undefined[undefined.len() - 1];
@@ -104,9 +112,35 @@ impl Sequence {
             if insn.flow_control() != FlowControl::Next && before != 0 {
                 return None;
             }
-            undefined.push(undefined_behind(insn, before)?);
+            undefined.push(undefined_behind(insn, before, false)?);
         }
-        Some(Assembled { code, offsets, undefined })
+        Some(undefined)
+    }
+
+    /// The same where direct jumps may take them along.
+    fn undefined_on_all_ways(&self) -> Option<Vec<u64>> {
+        let mut undefined = vec![0; self.items.len() + 1];
+        loop {
+            let last = undefined.clone();
+            for (i, item) in self.items.iter().enumerate() {
+                let insn = item.instruction();
+                let behind = undefined_behind(insn, undefined[i], true)?;
+                match insn.flow_control() {
+                    FlowControl::Next => undefined[i + 1] |= behind,
+                    FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
+                        undefined[item.to.min(self.items.len())] |= behind;
+                        if insn.flow_control() == FlowControl::ConditionalBranch {
+                            undefined[i + 1] |= behind;
+                        }
+                    }
+                    _ if undefined[i] != 0 => return None,
+                    _ => {}
+                }
+            }
+            if undefined == last {
+                return Some(undefined);
+            }
+        }
     }
 
     pub fn case(&self, assembled: &Assembled) -> Case {

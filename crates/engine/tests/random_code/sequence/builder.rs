@@ -1,6 +1,7 @@
 //! Random instructions, one behind the other.
 
 mod forms;
+mod hot;
 
 use iced_x86::{
     Code, Encoder, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind as Kind, OpKind,
@@ -30,6 +31,8 @@ struct Builder<'a> {
     tame: bool,
     /// Jumps that wait for their target, and how many instructions from here it is.
     open: Vec<(usize, u64)>,
+    /// See [`Sequence::loose`].
+    loose: bool,
 }
 
 const RSP: u32 = 4;
@@ -56,6 +59,7 @@ pub(super) fn make(pool: &Pool, random: &mut Random, rip: u64, tame: bool) -> Se
         _ => WINDOW + 0x400 + random.below(0x180) * 8,
     };
     state.rip = rip;
+    let loose = !tame && random.chance(30);
     let reserved = pointers.iter().chain([&index]).fold(1 << RSP, |all, (r, _)| all | 1u16 << r);
     let mut b = Builder {
         pool,
@@ -69,7 +73,11 @@ pub(super) fn make(pool: &Pool, random: &mut Random, rip: u64, tame: bool) -> Se
         undefined: 0,
         tame,
         open: Vec::new(),
+        loose,
     };
+    if loose {
+        b.rounds();
+    }
     if tame {
         for (register, value) in b.pointers.clone().into_iter().chain([b.index]) {
             if let Ok(insn) = Instruction::with2(Code::Mov_r64_imm64, Register::RAX + register, value) {
@@ -77,7 +85,7 @@ pub(super) fn make(pool: &Pool, random: &mut Random, rip: u64, tame: bool) -> Se
             }
         }
     }
-    let wanted = 2 + b.random.below(19) as usize;
+    let wanted = if loose { 1 } else { 2 + b.random.below(19) as usize };
     while b.items.len() < wanted {
         match b.random.below(40) {
             0..4 => b.jump(),
@@ -93,7 +101,7 @@ pub(super) fn make(pool: &Pool, random: &mut Random, rip: u64, tame: bool) -> Se
     if tame {
         b.finish();
     }
-    Sequence { items: b.items, state, memory }
+    Sequence { items: b.items, state, memory, loose }
 }
 
 impl Builder<'_> {
@@ -101,15 +109,16 @@ impl Builder<'_> {
         let item = Item { what, to, keep };
         let insn = *item.instruction();
         let control = insn.flow_control() != FlowControl::Next;
-        let behind = undefined_behind(&insn, self.undefined);
-        if behind.is_none() || (control && self.undefined != 0) {
+        let taken_along = self.loose && matches!(item.what, What::Jump(_)) && !insn.is_call_near();
+        let behind = undefined_behind(&insn, self.undefined, self.loose);
+        if behind.is_none() || (control && self.undefined != 0 && !taken_along) {
             // CMP r, r of any two registers: all flags are defined again.
             let (a, b) = (self.random.below(16) as u32, self.random.below(16) as u32);
             let compare = with2(Code::Cmp_rm64_r64, Register::RAX + a, Register::RAX + b);
             self.undefined = 0;
             self.items.push(Item { what: What::Plain(compare), to: 0, keep: false });
         }
-        self.undefined = undefined_behind(&insn, self.undefined).unwrap_or(0);
+        self.undefined = undefined_behind(&insn, self.undefined, self.loose).unwrap_or(0);
         self.items.push(item);
         self.land(false);
     }

@@ -11,6 +11,8 @@ pub struct Pool {
     integer: Vec<Code>,
     vector: Vec<Code>,
     other: Vec<Code>,
+    /// What loops are mostly made of, and what has flags of its own.
+    hot: Vec<Code>,
     pub(super) jumps: Vec<(Code, Code)>,
 }
 
@@ -51,9 +53,39 @@ const COMMON: [Mnemonic; 34] = [
     Mnemonic::Stc,
 ];
 
+const HOT: [Mnemonic; 26] = [
+    Mnemonic::Inc,
+    Mnemonic::Dec,
+    Mnemonic::Adc,
+    Mnemonic::Sbb,
+    Mnemonic::Shl,
+    Mnemonic::Shr,
+    Mnemonic::Sar,
+    Mnemonic::Imul,
+    Mnemonic::Mul,
+    Mnemonic::Rcl,
+    Mnemonic::Rol,
+    Mnemonic::Neg,
+    Mnemonic::Not,
+    Mnemonic::Add,
+    Mnemonic::Sub,
+    Mnemonic::And,
+    Mnemonic::Or,
+    Mnemonic::Xor,
+    Mnemonic::Cmp,
+    Mnemonic::Test,
+    Mnemonic::Mov,
+    Mnemonic::Lea,
+    Mnemonic::Movzx,
+    Mnemonic::Xchg,
+    Mnemonic::Bt,
+    Mnemonic::Cmc,
+];
+
 impl Pool {
     pub fn new(features: &FeatureSet) -> Self {
-        let mut pool = Self { common: vec![], integer: vec![], vector: vec![], other: vec![], jumps: vec![] };
+        let mut pool =
+            Self { common: vec![], integer: vec![], vector: vec![], other: vec![], hot: vec![], jumps: vec![] };
         let codes = generate::codes(Mode::Bits64, features);
         for &code in &codes {
             if code.flow_control() == FlowControl::ConditionalBranch && code.is_jcc_short() {
@@ -75,10 +107,26 @@ impl Pool {
                 if COMMON.contains(&code.mnemonic()) || conditional {
                     pool.common.push(code);
                 }
+                let narrow = kinds.iter().any(|k| matches!(k, Kind::r8_or_mem | Kind::r16_or_mem));
+                if !narrow && (HOT.contains(&code.mnemonic()) || conditional) {
+                    pool.hot.push(code);
+                }
                 pool.integer.push(code);
             }
         }
         pool
+    }
+
+    pub(super) fn hot_code(&self, random: &mut Random) -> Code {
+        // There are many conditions.
+        let wanted = random.pick(&HOT);
+        let some: Vec<Code> = self.hot.iter().copied().filter(|code| code.mnemonic() == wanted).collect();
+        match random.below(20) {
+            0..3 => self.code(random),
+            3..5 => random.pick(&self.hot),
+            _ if some.is_empty() => random.pick(&self.hot),
+            _ => random.pick(&some),
+        }
     }
 
     pub(super) fn code(&self, random: &mut Random) -> Code {

@@ -4,8 +4,9 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::random_code::case::status_flags;
 
-/// The undefined flags behind an instruction; `None` if it reads one that is undefined before it.
-pub(super) fn undefined_behind(insn: &Instruction, before: u64) -> Option<u64> {
+/// The undefined flags behind an instruction; `None` if it reads one that is undefined before it. `shifted`: those of
+/// shifts and rotations count as defined, for engines that have the processor make them.
+pub(super) fn undefined_behind(insn: &Instruction, before: u64, shifted: bool) -> Option<u64> {
     use Mnemonic as M;
     if status_flags(insn.rflags_read()) & before != 0 {
         return None;
@@ -19,6 +20,9 @@ pub(super) fn undefined_behind(insn: &Instruction, before: u64) -> Option<u64> {
     }
     if !rotate && !shift {
         return Some(before & !written | undefined);
+    }
+    if shifted && insn.op0_register().size() >= 4 {
+        return Some(before);
     }
     let size = match insn.op0_register().size() {
         0 => insn.memory_size().size(),

@@ -10,7 +10,7 @@ use crate::random_code::{
 };
 
 impl Builder<'_> {
-    fn branch(&mut self, code: Code, to: usize, keep: bool) {
+    pub(super) fn branch(&mut self, code: Code, to: usize, keep: bool) {
         let mut insn = Instruction::default();
         insn.set_code(code);
         insn.set_op0_kind(OpKind::NearBranch64);
