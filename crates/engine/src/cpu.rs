@@ -362,6 +362,7 @@ impl Cpu {
         self.inspect = watched || aligned;
         if self.inspect {
             self.data = self.tlb.empty();
+            self.see_letters();
             self.tlb.windows.forget_all();
         }
         self.translated.window_set = if ac || self.inspect { 0 } else { self.data as u64 };

@@ -447,8 +447,8 @@ impl Cpu {
         Ok(found.gpa)
     }
 
-    /// Works off news of code now, if there are any: before TLB entries are dropped, by which it would be known that
-    /// this vCPU may have written to a page.
+    /// Works off news of code now, if there are any: before TLB entries or windows are dropped, by which it would be
+    /// known that this vCPU may have written to a page.
     #[inline]
     pub fn see_letters(&mut self) {
         if self.signal.pending() & request::CODE != 0 {

@@ -609,6 +609,8 @@ impl Cpu {
 
     /// Forgets all decoded code.
     pub fn clear_code(&mut self) {
+        // Windows go, too.
+        self.see_letters();
         self.cache.clear();
         // Their places will be other instructions'.
         self.suspended.clear();

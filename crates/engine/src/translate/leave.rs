@@ -64,7 +64,10 @@ impl Cpu {
         if window == 0 {
             return;
         }
-        self.tlb.windows.make_room();
+        if self.tlb.windows.is_full() {
+            self.see_letters();
+            self.tlb.windows.make_room();
+        }
         // SAFETY: the block is alive, as the caller says.
         let plain = unsafe { &mut (*site.block.cast_mut()).plain };
         if self.tlb.windows.is_hasty(window) && *plain >> site.index & 1 == 0 {
@@ -174,8 +177,8 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.counters.translated.slow_accesses += 1;
         cpu.at_block(site.block);
-        cpu.look_at_window(site);
         let news = cpu.translated.news;
+        cpu.look_at_window(site);
         let found = if !site.write && crosses(linear, site.bytes) && cpu.gather_here(linear, site.bytes) {
             Ok(Some((&raw mut cpu.translated.gathered).cast()))
         } else {
@@ -183,7 +186,7 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         };
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
-            Ok(Some(_)) if cpu.translated.news != news => {
+            Ok(_) if cpu.translated.news != news => {
                 cpu.signal.note(request::CODE);
                 cpu.run_alone(site)
             }
@@ -207,9 +210,9 @@ pub unsafe extern "C" fn span(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         let (cpu, site) = (&mut *cpu, Site::unpack(site));
         cpu.counters.translated.slow_accesses += 1;
         cpu.at_block(site.block);
+        let news = cpu.translated.news;
         cpu.look_at_window(site);
         let op = (*site.block).ops.add(site.index);
-        let news = cpu.translated.news;
         let from = linear.wrapping_add_signed(cpu.translated.span_from.into());
         let found = cpu.reach(linear, site);
         let block = &mut *site.block.cast_mut();

@@ -195,11 +195,13 @@ impl Windows {
         any
     }
 
+    /// Whether a list has no room left.
+    pub fn is_full(&mut self) -> bool {
+        !self.table.is_null() && self.lists().iter().any(|list| list.count as usize == LISTED)
+    }
+
     /// Makes room where a list has none left.
     pub fn make_room(&mut self) {
-        if self.table.is_null() {
-            return;
-        }
         for kind in Kind::ALL {
             if self.lists()[kind as usize].count as usize == LISTED {
                 self.forget(kind);
