@@ -283,7 +283,7 @@ impl Maker<'_> {
     }
 
     fn area(&mut self) -> (usize, u64) {
-        let area = self.random.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 3, 4, LARGE]);
+        let area = self.random.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 3, 4, LARGE, LARGE]);
         (area, self.random.below(AREAS[area].pages))
     }
 
@@ -314,20 +314,32 @@ impl Maker<'_> {
         code.extend([0x48, 0x89, 0x98]); // MOV [RAX + offset], RBX
         code.extend((self.offsets[area] as u32 + page as u32 * 8 & !1).to_le_bytes());
         let text = format!("{linear:#x} to {value:#x}, ");
-        let (how, more) = self.invalidate(linear, shift);
+        let (how, more) = self.invalidate(linear, shift, shared);
         code.extend(more);
         (text + &how, code)
     }
 
-    /// All ways drop what is global, and (with these engines INVLPG, too) what other spaces have.
-    fn invalidate(&mut self, linear: u64, shift: u32) -> (String, Vec<u8>) {
+    /// What is shared may be global, and in what other spaces know; with these engines INVLPG drops that, too.
+    fn invalidate(&mut self, linear: u64, shift: u32, shared: bool) -> (String, Vec<u8>) {
         let at = linear + (self.random.below(1 << (shift - 4)) << 4);
         let mut code = Vec::new();
-        match self.random.below(8) {
+        match self.random.below(if shared { 8 } else { 12 }) {
             0..5 => {
                 constant(&mut code, 0, at);
                 code.extend([0x0f, 0x01, 0x38]);
                 (format!("INVLPG {at:#x}"), code)
+            }
+            8 => (String::from("CR3"), vec![0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8]),
+            9..12 => {
+                // Of this PCID: MOV RCX, CR3; AND ECX, FFF; SUB RSP, 10; MOV [RSP], RCX; MOV [RSP + 8], RBX;
+                // INVPCID RAX, [RSP]; ADD RSP, 10
+                let kind = self.random.pick(&[0u64, 1, 1, 3]);
+                constant(&mut code, 0, kind);
+                constant(&mut code, 3, at);
+                code.extend([0x0f, 0x20, 0xd9, 0x81, 0xe1, 0xff, 0x0f, 0, 0, 0x48, 0x83, 0xec, 0x10]);
+                code.extend([0x48, 0x89, 0x0c, 0x24, 0x48, 0x89, 0x5c, 0x24, 8]);
+                code.extend([0x66, 0x0f, 0x38, 0x82, 0x04, 0x24, 0x48, 0x83, 0xc4, 0x10]);
+                (format!("INVPCID {kind} of {at:#x}"), code)
             }
             5 => {
                 // INVPCID RAX, [RSP - 16] after SUB, with all contexts
@@ -356,8 +368,8 @@ impl Maker<'_> {
 
     fn invalidate_only(&mut self) -> (String, Vec<u8>) {
         let (area, page) = self.area();
-        let Area { start, shift, .. } = AREAS[area];
-        self.invalidate(start + (page << shift), shift)
+        let Area { start, shift, shared, .. } = AREAS[area];
+        self.invalidate(start + (page << shift), shift, shared)
     }
 
     fn switch(&mut self) -> (String, Vec<u8>) {
@@ -524,7 +536,8 @@ impl Maker<'_> {
     }
 
     fn roles(&mut self) -> Roles {
-        let mut names: Vec<u32> = (0..16).filter(|r| *r != 4).collect();
+        // RAX is what functions answer in.
+        let mut names: Vec<u32> = (1..16).filter(|r| *r != 4).collect();
         for i in (1..names.len()).rev() {
             names.swap(i, self.random.below(i as u64 + 1) as usize);
         }
@@ -542,6 +555,7 @@ impl Maker<'_> {
         let mut body = Body { items: Vec::new() };
         let wide = |n: u32| R::RAX + n;
         let mut masks = [0u32; 2];
+        let mut callable = Vec::new();
         for (base, mask) in r.bases.into_iter().zip(&mut masks) {
             let (area, page) = self.area();
             let start = AREAS[area].start;
@@ -551,6 +565,9 @@ impl Maker<'_> {
                 1 => (start, 0x7f8),
                 pages => (start + (page << 12), if page <= pages / 2 { 0x37f8 } else { 0x7f8 }),
             };
+            if area != LARGE {
+                callable.push(base);
+            }
             *mask = whole;
             body.put(Instruction::with2(Code::Mov_r64_imm64, wide(base), from));
         }
@@ -582,6 +599,9 @@ impl Maker<'_> {
                 }
             }
         }
+        if let (Some(&base), true) = (callable.first(), self.random.chance(40)) {
+            self.call_function(&mut body, &r, base);
+        }
         if self.random.chance(60) {
             let bits = self.random.pick(&[3u32, 7, 7, 15, 31]);
             body.put(Instruction::with2(Code::Test_rm32_imm32, R::EAX + r.counter, bits));
@@ -596,6 +616,26 @@ impl Maker<'_> {
         ret.set_code(Code::Retnq);
         body.put(Ok(ret));
         body
+    }
+
+    /// Changes the function in a page, and calls it now and then.
+    fn call_function(&mut self, body: &mut Body, r: &Roles, base: u32) {
+        let at = |disp: i64| MemoryOperand::with_base_displ(R::RAX + base, disp);
+        if self.random.chance(70) {
+            let constant = at(FUNCTION as i64 + 1);
+            body.put(match self.random.below(3) {
+                0 => Instruction::with1(Code::Inc_rm32, constant),
+                1 => Instruction::with2(Code::Mov_rm32_r32, constant, R::EAX + r.counter),
+                _ => Instruction::with2(Code::Add_rm32_imm8, constant, 3),
+            });
+        }
+        let bits = self.random.pick(&[1u32, 3, 7, 7, 15]);
+        body.put(Instruction::with2(Code::Test_rm32_imm32, R::EAX + r.counter, bits));
+        let skip = body.jump(Code::Jne_rel32_64, usize::MAX);
+        body.put(Instruction::with2(Code::Lea_r64_m, R::RAX, at(FUNCTION as i64)));
+        body.put(Instruction::with1(Code::Call_rm64, R::RAX));
+        body.put(Instruction::with2(Code::Add_r64_rm64, R::RAX + r.others[2], R::RAX));
+        body.items[skip].1 = Some(body.items.len());
     }
 
     /// An access or two near each other, or something between.
