@@ -451,6 +451,8 @@ impl Cpu {
     /// known that this vCPU may have written to a page.
     #[inline]
     pub fn see_letters(&mut self) {
+        // Whoever posts one after this look reads what was written before it.
+        fence(Ordering::SeqCst);
         if self.signal.pending() & request::CODE != 0 {
             self.drop_changed_code();
         }

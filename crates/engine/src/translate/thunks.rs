@@ -220,6 +220,12 @@ impl Maker {
         // Whether the window may be moved.
         e.rm(true, &[0x3b], RDX, state(offset_of!(State, window_set)));
         e.jcc(cc::NE, plain);
+        // Not while a letter may ask what was written through it: LOCK OR [RSP], 0 orders the look behind that.
+        let unwritten = e.label();
+        e.cmp_byte(frame(offset_of!(Frame, write)), 0);
+        e.jcc(cc::E, unwritten);
+        e.raw(&[0xf0, 0x83, 0x0c, 0x24, 0]);
+        e.bind(unwritten);
         e.load(RDX, state(offset_of!(State, requests)));
         e.group1_mem(false, 7, Mem::Base(RDX, 0), 0);
         e.jcc(cc::NE, plain);
