@@ -323,7 +323,11 @@ impl Work<'_> {
         if self.counts {
             let counted = offset_of!(crate::cpu::Counters, instructions);
             let counted = Mem::State(offset_of!(Cpu, counters) + counted);
-            self.e().group1_mem(true, 0, counted, instructions as i32);
+            // Not with ADD: within a path, the guest's flags may be the host's.
+            let e = self.e();
+            e.load(T0, counted);
+            e.lea(T0, Mem::Base(T0, instructions as i32));
+            e.store(T0, counted);
         }
     }
 

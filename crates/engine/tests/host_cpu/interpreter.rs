@@ -47,9 +47,21 @@ const DATA_AT: [u64; 2] = [0x3_4000, 0x3_2000];
 impl Interpreter {
     /// With `promote` as of [`SoftEngine::promoting`]: 0 interprets, 1 translates whatever is run.
     pub fn promoting(promote: u32) -> Result<Self, Box<dyn Error>> {
+        Self::new(promote, false)
+    }
+
+    /// Translates whatever is run, and counts the instructions.
+    pub fn counting() -> Result<Self, Box<dyn Error>> {
+        Self::new(1, true)
+    }
+
+    fn new(promote: u32, counts: bool) -> Result<Self, Box<dyn Error>> {
         let memory = GuestMemory::new(2 << 20, 0xc000_0000)?;
         lay_out(&memory)?;
         let engine = SoftEngine::promoting(&memory, promote)?;
+        if counts {
+            engine.count_instructions();
+        }
         let cpuid = engine.supported_cpuid()?;
         let features = FeatureSet::from_cpuid(&cpuid);
         let vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid })?;

@@ -252,17 +252,24 @@ struct Engines {
     translator: interpreter::Interpreter,
     /// Translates loops after a few rounds.
     mixed: interpreter::Interpreter,
+    /// As `translator`, and counts instructions.
+    counter: interpreter::Interpreter,
 }
 
 impl Engines {
     fn new() -> Self {
         let engine = |promote| interpreter::Interpreter::promoting(promote).expect("a virtual machine");
-        Self { interpreter: engine(0), translator: engine(1), mixed: engine(2) }
+        let counter = interpreter::Interpreter::counting().expect("a virtual machine");
+        Self { interpreter: engine(0), translator: engine(1), mixed: engine(2), counter }
     }
 
     fn difference(&mut self, case: &Case, assembled: &sequence::Assembled, native: &case::Outcome) -> Option<String> {
-        let engines =
-            [("interpreter", &mut self.interpreter), ("translator", &mut self.translator), ("both", &mut self.mixed)];
+        let engines = [
+            ("interpreter", &mut self.interpreter),
+            ("translator", &mut self.translator),
+            ("both", &mut self.mixed),
+            ("counting", &mut self.counter),
+        ];
         for (name, engine) in engines {
             let ours = engine.run(case).expect("the virtual machine");
             if let Some(difference) = assembled.difference(case, native, &ours) {
