@@ -20,6 +20,7 @@ use crate::{
     tlb::{CodeSet, DataSet, Tlb},
     translate::{self, block::Translator},
     uop::{Handler, Uop},
+    verify::Verifier,
 };
 
 pub mod cr0 {
@@ -246,6 +247,8 @@ pub struct Cpu {
     pub cpuid: vireo_cpu::cpuid::CpuidTable,
     /// The bus of the current `run`.
     pub bus: *const dyn Bus,
+    /// Translations are compared with the interpreter.
+    pub verifier: Option<Box<Verifier>>,
     pub counters: Counters,
 }
 

@@ -14,6 +14,7 @@ use crate::{
     ops::flow,
     tlb::PAGE_MASK,
     uop::{FLAT, Uop, address},
+    verify::is_pure,
 };
 
 /// The longest instruction (Intel SDM vol. 2, 2.3.11).
@@ -140,6 +141,11 @@ impl Cpu {
                 Decoder::with_ip(bitness(self.mode), &whole, 0, DecoderOptions::NONE).decode_out(&mut insn);
                 crossing = Some((whole, host));
             }
+            // What cannot be done twice is a block of its own where blocks are.
+            let alone = self.verifier.is_some() && !is_pure(&insn);
+            if alone && length != 0 {
+                break;
+            }
             let lowered = self.lower(&insn, length as u16);
             count += 1;
             // That it is none may be told from any byte that an instruction has.
@@ -150,7 +156,7 @@ impl Cpu {
             }
             fusable = lowered.fusable;
             ended = lowered.ends;
-            if ended || count == most || second_page.is_some() || length >= in_page {
+            if ended || alone || count == most || second_page.is_some() || length >= in_page {
                 break;
             }
         }

@@ -34,6 +34,7 @@ use crate::{
     steal::StealTime,
     tlb::Tlb,
     translate::{self, block::Translator},
+    verify,
 };
 
 /// vCPUs that the software engine runs at most.
@@ -46,6 +47,7 @@ pub struct SoftEngine {
     apics: Arc<ApicBus>,
     shared: Arc<Shared>,
     promote: u32,
+    verify: bool,
     counts: AtomicBool,
     /// Host addresses from the start of each range of RAM that translated code may reach; 0 where that is not checked.
     guards: AtomicU64,
@@ -59,6 +61,16 @@ impl SoftEngine {
     /// An engine that translates blocks after they ran `promote` times; with 0 it interprets everything. With less than
     /// a real engine's number it does what that does with hot code as often as it can.
     pub fn promoting(memory: &GuestMemory, promote: u32) -> Result<Arc<Self>, CpuError> {
+        Self::with(memory, promote, false)
+    }
+
+    /// An engine that runs everything that is translated in the interpreter as well, and compares what comes of it: a
+    /// vCPU on which that differs crashes, and tells what and where. Meant for machines with one vCPU. Many times slower.
+    pub fn verifying(memory: &GuestMemory) -> Result<Arc<Self>, CpuError> {
+        Self::with(memory, verify::PROMOTE, true)
+    }
+
+    fn with(memory: &GuestMemory, promote: u32, verify: bool) -> Result<Arc<Self>, CpuError> {
         let apics = ApicBus::new().map_err(|source| CpuError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::default());
         memory.set_watch(Arc::new(DeviceWrites { memory: memory.downgrade(), shared: shared.clone() }));
@@ -68,6 +80,7 @@ impl SoftEngine {
             apics,
             shared,
             promote,
+            verify,
             counts: AtomicBool::new(false),
             guards: AtomicU64::new(0),
         }))
@@ -177,6 +190,7 @@ impl Engine for SoftEngine {
             mail,
             cpuid: table,
             bus,
+            verifier: self.verify.then(Box::default),
             counters: Counters::default(),
         });
         cpu.cache.promote = self.promote;
@@ -268,7 +282,7 @@ impl Vcpu for SoftVcpu {
         let cpu = self.cpu.borrow();
         let c = &cpu.counters;
         let t = &c.translated;
-        let exits = BTreeMap::from([
+        let mut exits = BTreeMap::from([
             ("blocks", c.blocks),
             ("translated_blocks", t.blocks),
             ("translated_instructions", t.instructions),
@@ -298,6 +312,7 @@ impl Vcpu for SoftVcpu {
             ("halts", c.halts),
             ("flushes_while_halted", c.flushes_asked),
         ]);
+        exits.extend(cpu.verifier.iter().flat_map(|v| v.figures()));
         let instructions = cpu.translated.counts.then_some(c.instructions);
         RunStats { instructions, exits }
     }

@@ -35,5 +35,6 @@ mod task;
 mod tlb;
 mod translate;
 mod uop;
+mod verify;
 
 pub use engine::{SoftEngine, SoftVcpu};

@@ -421,6 +421,9 @@ impl Cpu {
             && (system || !self.inspect)
         {
             let set: *mut DataSet = if system { self.system_data } else { self.data };
+            if write && let Some(verifier) = &mut self.verifier {
+                verifier.about_to_write(host, found.gpa);
+            }
             // SAFETY: the sets are our own TLB's.
             unsafe {
                 if write && self.memory.is_watched(found.gpa) {

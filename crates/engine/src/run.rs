@@ -109,7 +109,10 @@ impl Cpu {
                 _ => {}
             }
             let looking = self.trace.left != 0;
-            let ctl = if !single && !self.translated.interpret && !looking && self.is_translated(block) {
+            let ctl = if self.verifier.is_some() {
+                // SAFETY: as above.
+                unsafe { self.run_in_lockstep(block, single) }
+            } else if !single && !self.translated.interpret && !looking && self.is_translated(block) {
                 // SAFETY: a translation of a block that is alive.
                 unsafe { self.run_translation(block) }
             } else {
@@ -117,13 +120,8 @@ impl Cpu {
                 if looking {
                     self.look_at(block);
                 }
-                // SAFETY: as above; a block's ops are handlers made for it.
-                unsafe {
-                    self.counters.instructions += u64::from((*block).count);
-                    self.counters.blocks += 1;
-                    let first = (*block).ops;
-                    ((*first).handler)(self, first)
-                }
+                // SAFETY: as above.
+                unsafe { self.interpret(block) }
             };
             if !self.suspended.is_empty() {
                 self.resume_block();
@@ -171,9 +169,24 @@ impl Cpu {
         }
     }
 
+    /// Runs a block in the interpreter.
+    ///
+    /// # Safety
+    /// The block is alive and where `rip` is.
+    #[inline(always)]
+    pub unsafe fn interpret(&mut self, block: *const Block) -> Ctl {
+        // SAFETY: the caller's word; a block's ops are handlers made for it.
+        unsafe {
+            self.counters.instructions += u64::from((*block).count);
+            self.counters.blocks += 1;
+            let first = (*block).ops;
+            ((*first).handler)(self, first)
+        }
+    }
+
     /// Whether there is a translation of this block; makes one when the time has come.
     #[inline(always)]
-    fn is_translated(&mut self, block: *const Block) -> bool {
+    pub fn is_translated(&mut self, block: *const Block) -> bool {
         // SAFETY: the block is alive, and this is the thread that owns the cache.
         let block = unsafe { &mut *block.cast_mut() };
         if block.entry != 0 {
@@ -187,7 +200,7 @@ impl Cpu {
     ///
     /// # Safety
     /// The block is alive, translated, and where `rip` is.
-    unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
+    pub unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
         self.prepare_translation();
         let enter = self.cache.code.thunks.enter;
         self.translated.running = true;

@@ -145,7 +145,7 @@ impl Regions {
 }
 
 impl DataSet {
-    fn flush(&mut self) {
+    pub fn flush(&mut self) {
         (self.local_read, self.local_write) = (self.used_read, self.used_write);
         self.flush_local();
         self.large = Regions::default();
@@ -162,6 +162,15 @@ impl DataSet {
                 let range = chunk * CHUNK..(chunk + 1) * CHUNK;
                 table[range.clone()].copy_from_slice(&NO_ENTRIES[range]);
             }
+        }
+    }
+
+    /// All entries for writing.
+    pub fn flush_writes(&mut self) {
+        self.local_write = 0;
+        for chunk in bits(std::mem::take(&mut self.used_write)) {
+            let range = chunk * CHUNK..(chunk + 1) * CHUNK;
+            self.write[range.clone()].copy_from_slice(&NO_ENTRIES[range]);
         }
     }
 
@@ -541,6 +550,13 @@ impl Tlb {
     /// A data set without entries: every access misses.
     pub fn empty(&mut self) -> *mut DataSet {
         &raw mut self.empty.get_or_insert_with(Space::boxed).user
+    }
+
+    /// A code set without entries, of this generation.
+    pub fn no_code(&mut self, generation: u64) -> *const CodeSet {
+        let code = &mut self.empty.get_or_insert_with(Space::boxed).user_code;
+        code.generation = generation;
+        code
     }
 
     /// Makes `pcid`'s space current; `keep` says that what is cached of it is still valid.

@@ -68,6 +68,13 @@ impl std::fmt::Debug for Fpu {
 }
 
 impl Fpu {
+    /// The x87 state as FXSAVE has it, while it is not in the host's registers. MXCSR, vectors and pointers are not
+    /// the guest's.
+    pub(crate) fn area(&self) -> &[u8; FX_BYTES] {
+        debug_assert!(!self.x87_is_live());
+        &self.area.0
+    }
+
     /// An unmasked x87 exception waits: the next instruction with [`Stub::waits`] raises `#MF` instead of running.
     #[inline]
     pub fn pending_x87_exception(&self) -> bool {

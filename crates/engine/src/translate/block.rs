@@ -21,6 +21,7 @@ use crate::{
     native::{FeatureSet, StubCache},
     tlb::PAGE_MASK,
     uop::Uop,
+    verify,
 };
 
 /// What is kept from one translation to the next.
@@ -179,6 +180,9 @@ impl Cpu {
                 break;
             }
             let Some(part) = self.part(next).filter(|p| count + p.instructions.len() <= LONGEST) else { break };
+            if self.verifier.is_some() && !part.instructions.iter().all(verify::is_pure) {
+                break;
+            }
             count += part.instructions.len();
             parts.push(part);
         }
@@ -245,6 +249,8 @@ impl Cpu {
         t.emitter.constant(T0, parts[0].start as u64);
         t.emitter.jmp_address(thunks.leave_at);
         t.emitter.resolve();
+        #[cfg(test)]
+        verify::tests::spoil(&mut t.emitter.code);
         let pushed = self.cache.code.push(&t.emitter.code);
         self.translator = Some(t);
         let Some(at) = pushed else { return false };
@@ -256,6 +262,10 @@ impl Cpu {
             self.cache.translated(&*block);
         }
         parts[1..].iter().for_each(|p| self.cache.note_head(p.block, block));
+        if let Some(verifier) = &mut self.verifier {
+            let parts = parts.iter().map(|p| (p.block, &p.instructions[..]));
+            verifier.translated(parts, count <= LONGEST_LOOP, self.cache.clears);
+        }
         let c = &mut self.counters.translated;
         c.blocks += 1;
         c.instructions += count as u64;

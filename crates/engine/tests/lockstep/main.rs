@@ -3,7 +3,7 @@
 //! Guests are made of random functions ([`sequence`]) and a script that calls them at both privileges and changes what
 //! they run on: their code, page tables, address spaces, control and debug registers, interrupts to itself. Where the
 //! guest writes to a port both engines stop, and registers and RAM must be the same; the script since the last stop is
-//! told otherwise. `VIREO_LOCKSTEP_CASES` says how many guests, `VIREO_LOCKSTEP_SEED` (default 1) which.
+//! told otherwise. A third engine compares each of its translations with the interpreter on its own. `VIREO_LOCKSTEP_CASES` says how many guests, `VIREO_LOCKSTEP_SEED` (default 1) which.
 #![cfg(target_arch = "x86_64")]
 
 mod guest;
@@ -17,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 
 use guest::Guest;
 use random_code::{bare::Stops, random::Random, sequence};
-use vireo_cpu::{CpuState, Engine, Exit, Vcpu, VcpuConfig};
+use vireo_cpu::{CpuError, CpuState, Engine, Exit, Vcpu, VcpuConfig};
 use vireo_engine::{SoftEngine, native::FeatureSet};
 use vireo_memory::GuestMemory;
 
@@ -43,14 +43,33 @@ enum Stop {
 
 impl Machine {
     fn new(guest: &Guest, promote: u32) -> Self {
+        Self::with(guest, promote, |memory| {
+            let engine = SoftEngine::promoting(memory, promote)?;
+            if promote > 1 {
+                engine.check_accesses(u64::MAX);
+            }
+            Ok(engine)
+        })
+    }
+
+    fn verifying(guest: &Guest) -> Self {
+        Self::with(guest, 1, |memory| {
+            let engine = SoftEngine::verifying(memory)?;
+            engine.count_instructions();
+            Ok(engine)
+        })
+    }
+
+    fn with(
+        guest: &Guest,
+        promote: u32,
+        engine: impl Fn(&GuestMemory) -> Result<Arc<SoftEngine>, CpuError>,
+    ) -> Self {
         let memory = GuestMemory::new(guest.ram, 0xc000_0000).expect("memory");
         for (gpa, bytes) in &guest.memory {
             memory.write(*gpa, bytes).expect("RAM");
         }
-        let engine = SoftEngine::promoting(&memory, promote).expect("an engine");
-        if promote > 1 {
-            engine.check_accesses(u64::MAX);
-        }
+        let engine = engine(&memory).expect("an engine");
         let cpuid = engine.supported_cpuid().expect("CPUID");
         let mut vcpu = engine.create_vcpu(&VcpuConfig { id: 0, count: 1, cpuid }).expect("a vCPU");
         vcpu.set_state(&guest.state).expect("a state");
@@ -137,6 +156,8 @@ fn difference(guest: &Guest, a: &Machine, b: &Machine) -> Option<String> {
 struct Totals {
     stops: u64,
     translated: u64,
+    verified: u64,
+    verified_faults: u64,
     exceptions: u64,
     interrupts: u64,
     code_writes: u64,
@@ -150,7 +171,7 @@ struct Totals {
 /// What is different, or how it went.
 fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
     let mut interpreter = Machine::new(guest, 0);
-    let mut translators = [Machine::new(guest, 1), Machine::new(guest, 4)];
+    let mut translators = [Machine::new(guest, 1), Machine::new(guest, 4), Machine::verifying(guest)];
     let mut last = 0;
     loop {
         let stop = interpreter.run();
@@ -211,10 +232,12 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
             _ => break,
         }
     }
-    let [all, some] = &translators;
+    let [all, some, verifying] = &translators;
     totals.hot += some.figure("translated_hot_blocks");
     totals.paths += some.figure("translated_paths");
     totals.translated += all.figure("translated_entries");
+    totals.verified += verifying.figure("verified_blocks");
+    totals.verified_faults += verifying.figure("verified_faults");
     totals.exceptions += all.figure("exceptions");
     totals.interrupts += all.figure("interrupts");
     totals.code_writes += all.figure("code_writes");
@@ -249,6 +272,7 @@ fn the_translator_does_what_the_interpreter_does() {
     let pool = sequence::Pool::new(&FeatureSet::from_cpuid(&cpuid));
     let (cases, totals) = play("guests", 30, |random| Guest::new(&pool, random));
     assert!(totals.stops > cases * 10 && totals.translated > cases * 100 && totals.code_writes > cases);
+    assert!(totals.verified > cases * 100 && totals.verified_faults > cases);
     assert!(totals.endless + totals.crashes <= cases / 4);
 }
 
