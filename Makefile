@@ -8,7 +8,7 @@ PACKAGES := gcc libc6-dev make ca-certificates gpgv debian-archive-keyring e2fsp
 TEST_PACKAGES := $(PACKAGES) qemu-utils acpica-tools gnupg iproute2 cpio busybox-static xz-utils
 BENCH_PACKAGES := $(PACKAGES) qemu-system-x86
 
-.PHONY: all build run test e2e bench fuzz soak check packages test-packages bench-packages clean
+.PHONY: all build run test e2e bench fuzz soak lockstep check packages test-packages bench-packages clean
 
 all: build
 
@@ -38,6 +38,9 @@ fuzz: test-packages
 
 soak: build test-packages
 	scripts/soak
+
+lockstep: build test-packages
+	scripts/lockstep
 
 check:
 	cargo fmt --all --check

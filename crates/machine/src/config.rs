@@ -89,6 +89,8 @@ pub struct MachineConfig {
     pub reboot: bool,
     /// Count and sample what [`crate::Report`] tells.
     pub metrics: bool,
+    /// Have the software engine compare all that it translates with its interpreter: for those who work on it.
+    pub verify_translation: bool,
 }
 
 impl MachineConfig {
@@ -107,6 +109,7 @@ impl MachineConfig {
             rng: true,
             reboot: true,
             metrics: false,
+            verify_translation: false,
         }
     }
 

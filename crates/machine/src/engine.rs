@@ -41,12 +41,12 @@ impl EngineKind {
         }
     }
 
-    /// `metrics`: instructions are to be counted.
-    pub(crate) fn create(self, memory: &GuestMemory, metrics: bool) -> Result<Created, CpuError> {
+    /// `metrics`: instructions are to be counted. `verify`: see [`SoftEngine::verifying`].
+    pub(crate) fn create(self, memory: &GuestMemory, metrics: bool, verify: bool) -> Result<Created, CpuError> {
         Ok(match self {
             Self::Kvm => Created { engine: KvmEngine::new(memory, KvmOptions::default())?, soft: None },
             Self::Soft => {
-                let soft = SoftEngine::new(memory)?;
+                let soft = if verify { SoftEngine::verifying(memory)? } else { SoftEngine::new(memory)? };
                 if metrics {
                     soft.count_instructions();
                 }

@@ -160,7 +160,7 @@ impl Machine {
         smbios::write(&memory)?;
         reset_vector::write(&memory)?;
         let loaded = boot::load(&memory, &boot_source(config, choice.kind), rsdp)?;
-        let created = choice.kind.create(&memory, config.metrics)?;
+        let created = choice.kind.create(&memory, config.metrics, config.verify_translation)?;
         let engine = created.engine.clone();
         let events = Arc::new(Events::default());
         let devices = board::build(config, disks, &memory, &engine, &events)?;

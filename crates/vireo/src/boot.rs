@@ -14,7 +14,7 @@ use std::{
 
 use vireo_api::{ByteSize, ExitCode};
 use vireo_machine::{
-    Control, Outcome,
+    Control, Outcome, Report,
     config::{Accel, BootConfig, DiskConfig, MachineConfig, NicConfig},
     host::{Signal, Terminal, on_signals},
 };
@@ -66,6 +66,9 @@ pub struct Args {
     /// End when the guest resets
     #[arg(long)]
     no_reboot: bool,
+    /// Run all that the software engine translates in its interpreter as well, and compare (docs/testing.md)
+    #[arg(long, hide = true)]
+    verify_translation: bool,
 }
 
 /// Boots what `args` say; `started` is when the process began.
@@ -86,6 +89,9 @@ pub fn run(args: Args, started: Instant) -> Result<ExitCode, Failure> {
     if let Some(why) = config.serial.as_ref().and_then(|serial| serial.failure()) {
         eprintln!("vireo: some of what the guest wrote to its serial port is lost: {why}");
     }
+    if args.verify_translation {
+        tell_verified(&report);
+    }
     let code = tell(&report.outcome, by_signal.load(Ordering::Relaxed));
     if let Some(file) = metrics {
         file.write(&report, &config, started, code)?;
@@ -101,11 +107,13 @@ fn machine_config(args: &Args) -> Result<MachineConfig, Failure> {
     Ok(MachineConfig {
         vcpus: args.cpus,
         memory: args.memory,
-        accel: args.accel,
+        // There is nothing else to verify.
+        accel: if args.verify_translation { Accel::Soft } else { args.accel },
         disks: args.disks.clone(),
         nics: nics.into_iter().flatten().collect(),
         reboot: !args.no_reboot,
         metrics: args.metrics.is_some(),
+        verify_translation: args.verify_translation,
         ..MachineConfig::new(boot)
     })
 }
@@ -128,6 +136,20 @@ fn raw_terminal() -> Result<Option<Terminal>, Failure> {
     Terminal::raw().map_err(|e| {
         Failure::new(ExitCode::HostFailure, anyhow::Error::new(e).context("cannot set the terminal to raw mode"))
     })
+}
+
+/// Says how much of what ran was verified.
+fn tell_verified(report: &Report) {
+    let figure = |name: &str| report.stats.exits.get(name).copied().unwrap_or_default();
+    let unverified: Vec<_> = report.stats.exits.iter().filter(|(name, _)| name.starts_with("unverified_")).collect();
+    let reasons: Vec<_> = unverified.iter().map(|(name, n)| format!("{n} {}", &name["unverified_".len()..])).collect();
+    eprintln!(
+        "vireo: {} blocks with {} instructions did the same interpreted and translated; not compared: {} ({})",
+        figure("verified_blocks"),
+        figure("verified_instructions"),
+        unverified.iter().map(|(_, n)| **n).sum::<u64>(),
+        reasons.join(", ")
+    );
 }
 
 /// Says how the guest ended, where that is not what everyone expects.
