@@ -97,7 +97,12 @@ impl FlagFlow {
             flow.reads_undefined |= read & flow.undefined != 0;
             flow.read |= read & flow.kept;
             let modified = status(insn.rflags_modified());
-            let undefined = if UNDEFINED.contains(&insn.mnemonic()) { status(insn.rflags_undefined()) } else { 0 };
+            let undefined = match insn.mnemonic() {
+                // By 9 bits, say, iced takes a byte's flags for unchanged. Processors change OF, which is undefined.
+                Mnemonic::Rcl | Mnemonic::Rcr => status(RflagsBits::OF),
+                mnemonic if UNDEFINED.contains(&mnemonic) => status(insn.rflags_undefined()),
+                _ => 0,
+            };
             flow.kept &= !modified;
             flow.undefined = flow.undefined & !modified | undefined;
             flow.ever_undefined |= undefined;
