@@ -208,7 +208,8 @@ impl Cpu {
             self.look_at(block);
         }
         let interpret = mem::take(&mut self.translated.interpret);
-        if single || interpret || !self.is_translated(block) {
+        // While accesses are inspected, none is noted before it happens.
+        if single || interpret || self.inspect || !self.is_translated(block) {
             // SAFETY: the caller's word.
             return unsafe { self.run_unverified(block, Unverified::Untranslated) };
         }

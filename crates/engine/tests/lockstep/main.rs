@@ -60,11 +60,7 @@ impl Machine {
         })
     }
 
-    fn with(
-        guest: &Guest,
-        promote: u32,
-        engine: impl Fn(&GuestMemory) -> Result<Arc<SoftEngine>, CpuError>,
-    ) -> Self {
+    fn with(guest: &Guest, promote: u32, engine: impl Fn(&GuestMemory) -> Result<Arc<SoftEngine>, CpuError>) -> Self {
         let memory = GuestMemory::new(guest.ram, 0xc000_0000).expect("memory");
         for (gpa, bytes) in &guest.memory {
             memory.write(*gpa, bytes).expect("RAM");
