@@ -107,4 +107,5 @@ smp_guest! {
         iretq
     "#,
     needs: &[STEAL_TIME, PV_TLB_FLUSH],
+    emulator_errs: Some("does not say of a halted processor that it does not run"),
 }
