@@ -56,7 +56,7 @@ fn load_register(bits: u32, register: u8, value: [u8; 8], high: bool, code: &mut
 
 /// Instructions that are seldom hit upon by chance, after what makes them do something.
 fn system(random: &mut Random, bits: u32, ram_bytes: u64, code: &mut Vec<u8>) {
-    const MSRS: [u32; 30] = [
+    const MSRS: [u32; 31] = [
         0x10,
         0x1b,
         0x3a,
@@ -83,6 +83,7 @@ fn system(random: &mut Random, bits: u32, ram_bytes: u64, code: &mut Vec<u8>) {
         0x83f,
         0x4b56_4d00,
         0x4b56_4d01,
+        0x4b56_4d03,
         0xc000_0080,
         0xc000_0081,
         0xc000_0082,
