@@ -24,7 +24,7 @@ const HOT: u8 = 3;
 const ROUNDS: usize = 4;
 /// Nanoseconds of CPU time between two looks: at first and while something new is found, and at most.
 const SOON: i64 = 1_000_000;
-const LATE: i64 = 32_000_000;
+const LATE: i64 = 5_000_000;
 
 /// The timer of a thread that runs a vCPU. Whoever made it drops it, on the same thread.
 pub struct Pulse {
