@@ -114,33 +114,68 @@ fn bits(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Which 2 MiB (1 GiB) regions, hashed, have entries that came from a large page: INVLPG of one address there must
-/// drop them all.
-#[derive(Clone, Default)]
+/// Regions that are remembered at a time; a power of two.
+const REGIONS: usize = 1024;
+
+/// Which regions of 2 MiB (1 GiB) have entries that came from a large page: INVLPG of one address there must drop them
+/// all. No others, as far as that can be: most often it names a page of a process, at an address as good as random, and
+/// the kernel's own entries are many and dear.
 struct Regions {
-    of_2m: [u64; 16],
-    of_1g: [u64; 16],
+    /// Slots of a hash table: 0 where it is empty.
+    table: [u64; REGIONS],
+    count: usize,
+    /// There are more: any address may be in one.
+    full: bool,
 }
 
 impl Regions {
-    const fn bit(linear: u64, shift: u32) -> (usize, u64) {
-        let hash = (linear >> shift) as usize & 1023;
-        (hash / 64, 1 << (hash % 64))
+    /// Never 0, and different for regions of different size.
+    const fn key(linear: u64, shift: u32) -> u64 {
+        (linear >> shift) << 2 | if shift == 30 { 2 } else { 1 }
+    }
+
+    /// Where the region is, or where it would be.
+    fn slot(&self, key: u64) -> usize {
+        let mut at = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - REGIONS.ilog2())) as usize;
+        while self.table[at] != 0 && self.table[at] != key {
+            at = (at + 1) % REGIONS;
+        }
+        at
     }
 
     fn note(&mut self, linear: u64, page_shift: u32) {
-        if page_shift > 12 {
-            let (bits, shift) = if page_shift > 22 { (&mut self.of_1g, 30) } else { (&mut self.of_2m, 21) };
-            let (word, bit) = Self::bit(linear, shift);
-            bits[word] |= bit;
+        match page_shift {
+            12 => {}
+            21 => self.add(Self::key(linear, 21)),
+            // 4 MiB, of two-level paging.
+            22 => [0, 1 << 21].iter().for_each(|half| self.add(Self::key(linear & !(1 << 21) | half, 21))),
+            _ => self.add(Self::key(linear, 30)),
+        }
+    }
+
+    fn add(&mut self, key: u64) {
+        let at = self.slot(key);
+        if self.table[at] == 0 {
+            // Some slots stay empty, where searches end.
+            if self.count == REGIONS / 4 * 3 {
+                self.full = true;
+                return;
+            }
+            self.table[at] = key;
+            self.count += 1;
         }
     }
 
     fn contain(&self, linear: u64) -> bool {
-        [(&self.of_2m, 21), (&self.of_1g, 30)].iter().any(|(bits, shift)| {
-            let (word, bit) = Self::bit(linear, *shift);
-            bits[word] & bit != 0
-        })
+        self.full
+            || self.count != 0 && [21, 30].iter().any(|shift| self.table[self.slot(Self::key(linear, *shift))] != 0)
+    }
+
+    fn clear(&mut self) {
+        if self.count != 0 {
+            self.table.fill(0);
+            (self.count, self.full) = (0, false);
+        }
     }
 }
 
@@ -148,7 +183,7 @@ impl DataSet {
     pub fn flush(&mut self) {
         (self.local_read, self.local_write) = (self.used_read, self.used_write);
         self.flush_local();
-        self.large = Regions::default();
+        self.large.clear();
     }
 
     /// All but entries of global pages (and some of those).
@@ -311,7 +346,7 @@ impl CodeSet {
     fn flush(&mut self) {
         (self.local_pages, self.local_jumps) = (self.used_pages, self.used_jumps);
         self.flush_local();
-        self.large = Regions::default();
+        self.large.clear();
         self.jump_pages = Pages::default();
         self.renew();
     }
@@ -643,3 +678,6 @@ impl Tlb {
         self.kernel.code.flush_jumps();
     }
 }
+
+#[cfg(test)]
+mod tests;
