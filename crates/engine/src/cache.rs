@@ -15,7 +15,9 @@ use crate::{
 pub const MAX_BLOCK: usize = 48;
 /// Decoded instructions (32 bytes each) that the vCPUs of a machine keep together, and one at least.
 const CAPACITY: usize = 420_000;
-const CAPACITY_OF_ONE: usize = 120_000;
+const CAPACITY_OF_ONE: usize = 150_000;
+/// The same of an engine that is to run out of them often.
+const SMALL_CAPACITY: usize = 4_000;
 
 /// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
 #[repr(C)]
@@ -84,7 +86,8 @@ impl Hasher for GpaHasher {
 
 type Map<V> = HashMap<u64, V, BuildHasherDefault<GpaHasher>>;
 
-/// The blocks of one vCPU. Pointers to blocks stay valid until [`BlockCache::clear`].
+/// The blocks of one vCPU. Pointers to blocks stay valid until [`BlockCache::clear`] and
+/// [`BlockCache::collect`].
 pub struct BlockCache {
     ops: Box<[std::mem::MaybeUninit<Uop>]>,
     used: usize,
@@ -104,7 +107,9 @@ pub struct BlockCache {
     pub promote: u32,
     pub decoded: u64,
     pub invalidated: u64,
+    /// How often blocks were forgotten, and how often only those that had not been of use lately.
     pub clears: u64,
+    pub collections: u64,
 }
 
 const SLAB: usize = 4096;
@@ -114,9 +119,10 @@ fn key(gpa: u64, mode: u8) -> u64 {
 }
 
 impl BlockCache {
-    /// For one vCPU of `count`. Memory is only touched as it fills.
-    pub fn new(count: u32) -> std::io::Result<Self> {
+    /// For one vCPU of `count`; a small one for tests. Memory is only touched as it fills.
+    pub fn new(count: u32, small: bool) -> std::io::Result<Self> {
         let capacity = (CAPACITY / count.max(1) as usize).max(CAPACITY_OF_ONE);
+        let capacity = if small { SMALL_CAPACITY } else { capacity };
         Ok(Self {
             ops: Box::new_uninit_slice(capacity),
             used: 0,
@@ -127,12 +133,13 @@ impl BlockCache {
             changes: Map::default(),
             paths: Map::default(),
             heads: Map::default(),
-            code: CodeBuffer::new(count)?,
+            code: CodeBuffer::new(count, small)?,
             cut: Map::default(),
             promote: PROMOTE,
             decoded: 0,
             invalidated: 0,
             clears: 0,
+            collections: 0,
         })
     }
 
@@ -169,6 +176,73 @@ impl BlockCache {
     /// Whether one more block of the longest kind may not fit.
     pub fn is_full(&self) -> bool {
         self.used + MAX_BLOCK + 1 > self.ops.len()
+    }
+
+    /// Makes room: blocks that were not translated since the last time go. The others are translated again when they
+    /// run next, as well as they were. No pointer to a block may be used after this.
+    pub fn collect(&mut self) {
+        let paths = std::mem::take(&mut self.paths);
+        let (blocks, used) = (self.block_count, self.used);
+        self.clear();
+        self.collections += 1;
+        let leave = self.code.thunks.leave_block as *const u8;
+        let mut moved: Map<*const Block> = Map::default();
+        for i in 0..blocks {
+            let from = self.block_at(i);
+            // SAFETY: blocks and ops below the old counts were written, in this order, and are only overwritten from
+            // their start: behind what is read still.
+            unsafe {
+                let first = (*from).ops.offset_from_unsigned(self.ops.as_ptr().cast::<Uop>());
+                let end = if i + 1 < blocks {
+                    (*self.block_at(i + 1)).ops.offset_from_unsigned(self.ops.as_ptr().cast::<Uop>())
+                } else {
+                    used
+                };
+                if !(*from).valid || (*from).entry == 0 {
+                    continue;
+                }
+                self.ops.copy_within(first..end, self.used);
+                let ops = self.ops.as_ptr().add(self.used).cast::<Uop>();
+                self.used += end - first;
+                let to = self.block_at(self.block_count);
+                self.block_count += 1;
+                ptr::copy(from, to, 1);
+                (*to).ops = ops;
+                ((*to).entry, (*to).dead, (*to).code) = (0, 0, leave);
+                ((*to).runs_left, (*to).checked, (*to).links) = (1, 0, [ptr::null(); 2]);
+                self.list(to);
+                moved.insert(from as u64, to);
+            }
+        }
+        for (head, path) in paths {
+            let Some(head) = moved.get(&head) else { continue };
+            let path: Vec<_> = path.iter().map_while(|part| moved.get(&(*part as u64)).copied()).collect();
+            if !path.is_empty() {
+                self.paths.insert(*head as u64, path);
+            }
+        }
+        // Where most of it is of use there would be no room again too soon.
+        if self.used > self.ops.len() / 4 * 3 {
+            self.clear();
+        }
+    }
+
+    fn block_at(&mut self, i: usize) -> *mut Block {
+        self.blocks[i / SLAB][i % SLAB].as_mut_ptr()
+    }
+
+    /// Has a block found by where it is.
+    ///
+    /// # Safety
+    /// It was written.
+    unsafe fn list(&mut self, block: *mut Block) {
+        // SAFETY: the caller's word.
+        let (gpa, mode, second_page) = unsafe { ((*block).gpa, (*block).mode, (*block).second_page) };
+        self.by_address.insert(key(gpa, mode), block);
+        self.by_page.entry(gpa >> 12).or_default().push(block);
+        if let Some(second) = second_page {
+            self.by_page.entry(second >> 12).or_default().push(block);
+        }
     }
 
     /// Forgets everything. No pointer to a block may be used after this.
@@ -224,11 +298,8 @@ impl BlockCache {
         });
         self.block_count += 1;
         let block: *mut Block = block;
-        self.by_address.insert(key(gpa, mode), block);
-        self.by_page.entry(gpa >> 12).or_default().push(block);
-        if let Some(second) = second_page {
-            self.by_page.entry(second >> 12).or_default().push(block);
-        }
+        // SAFETY: just written.
+        unsafe { self.list(block) };
         block
     }
 

@@ -350,6 +350,7 @@ impl Cpu {
         let ac = self.rflags & rflags::AC != 0 && self.cr4 & cr4::SMAP != 0;
         self.system_data = &raw mut self.tlb.kernel.data;
         let space = self.tlb.space();
+        self.translated.user_pages = &raw const space.supervisor_ac as u64;
         self.data = if self.cpl == 3 {
             &raw mut space.user
         } else if ac {

@@ -68,7 +68,7 @@ impl Cpu {
     /// Decodes the block at `linear`, whose first page is at `gpa`.
     pub(crate) fn decode_block(&mut self, linear: u64, gpa: u64) -> Run<*const Block> {
         if self.cache.is_full() || self.cache.code.is_full() || self.stubs_full {
-            self.clear_code();
+            self.make_room();
         }
         let start = gpa | (linear & PAGE_MASK);
         let Some(page) = self.memory.host_page(gpa) else {

@@ -59,7 +59,7 @@ impl SoftEngine {
     }
 
     /// An engine that translates blocks after they ran `promote` times; with 0 it interprets everything. With less than
-    /// a real engine's number it does what that does with hot code as often as it can.
+    /// a real engine's number it does what that does with hot code as often as it can, and has little room for code.
     pub fn promoting(memory: &GuestMemory, promote: u32) -> Result<Arc<Self>, CpuError> {
         Self::with(memory, promote, false)
     }
@@ -125,6 +125,7 @@ impl Engine for SoftEngine {
         let stubs = StubCache::new(features)
             .map_err(|source| CpuError::Host { what: "mapping memory for native stubs", source })?;
         let bus: *const dyn Bus = &raw const NO_BUS;
+        let eager = (2..translate::PROMOTE).contains(&self.promote);
         let mut cpu = Box::new(Cpu {
             regs: Regs::default(),
             rip: 0,
@@ -169,7 +170,7 @@ impl Engine for SoftEngine {
             tlb: Tlb::default(),
             inspect: false,
             breakpoint_hits: 0,
-            cache: BlockCache::new(config.count)
+            cache: BlockCache::new(config.count, eager)
                 .map_err(|source| CpuError::Host { what: "mapping memory for translated code", source })?,
             fpu: Fpu::default(),
             stubs,
@@ -194,7 +195,7 @@ impl Engine for SoftEngine {
             counters: Counters::default(),
         });
         cpu.cache.promote = self.promote;
-        cpu.trace.eager = (2..translate::PROMOTE).contains(&self.promote);
+        cpu.trace.eager = eager;
         // SAFETY: once, and both are the same `Cpu`'s.
         cpu.tlb.windows = unsafe { cpu.cache.code.windows() };
         cpu.translated.counts = self.counts.load(Ordering::Relaxed);
@@ -208,6 +209,7 @@ impl Engine for SoftEngine {
         }
         cpu.translated.cpu = &raw const *cpu as u64;
         cpu.translated.requests = cpu.signal.word();
+        cpu.translated.interrupts = cpu.apic.word();
         cpu.restore(&CpuState::reset())?;
         cpu.wait_for_sipi = config.id != 0;
         Ok(Box::new(SoftVcpu { cpu: RefCell::new(cpu) }))
@@ -299,6 +301,7 @@ impl Vcpu for SoftVcpu {
             ("running_microseconds", c.running / 1000),
             ("decoded_instructions", cpu.cache.decoded),
             ("code_cache_clears", cpu.cache.clears),
+            ("code_cache_collections", cpu.cache.collections),
             ("invalidated_blocks", cpu.cache.invalidated),
             ("code_writes", c.code_writes),
             ("tlb_misses", c.tlb_misses),

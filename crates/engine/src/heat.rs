@@ -156,6 +156,9 @@ impl Trace {
 impl Cpu {
     /// Translates again what is to be, and has the next blocks looked at.
     pub fn look_for_heat(&mut self) {
+        if self.cache.code.is_full() {
+            return self.make_room();
+        }
         let again = mem::take(&mut self.translated.again);
         if again.is_empty() {
             self.trace.left = TRACE;

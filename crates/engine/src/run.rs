@@ -625,7 +625,21 @@ impl Cpu {
         // Windows go, too.
         self.see_letters();
         self.cache.clear();
-        // Their places will be other instructions'.
+        self.forget_places();
+    }
+
+    /// Forgets decoded code that was not of use lately, and all translations. No block is running.
+    pub fn make_room(&mut self) {
+        if self.stubs_full || !self.suspended.is_empty() {
+            return self.clear_code();
+        }
+        self.see_letters();
+        self.cache.collect();
+        self.forget_places();
+    }
+
+    /// Forgets where code was: that is other code's place now.
+    fn forget_places(&mut self) {
         self.suspended.clear();
         self.tlb.flush_jumps();
         self.tlb.windows.clear();

@@ -7,9 +7,9 @@ use std::sync::{
 use std::time::{Duration, Instant};
 
 /// Nanoseconds that a halted vCPU waits at most before it sleeps: for what devices and timers have to say, and for
-/// other vCPUs (as long as Linux's KVM does).
+/// other vCPUs (longer than Linux's KVM does: what they do takes longer here).
 const LONGEST_PATIENCE: u32 = 50_000;
-const LONGEST_FOR_VCPUS: u32 = 200_000;
+const LONGEST_FOR_VCPUS: u32 = 500_000;
 
 /// Whether somebody else can run while a vCPU waits.
 fn can_wait() -> bool {

@@ -181,6 +181,11 @@ impl LocalApic {
         if words == 0 { None } else { self.pending_in(words) }
     }
 
+    /// A word that is 0 where no interrupt is requested.
+    pub fn word(&self) -> *const AtomicU32 {
+        &raw const self.irr_words
+    }
+
     #[cold]
     fn pending_in(&self, words: u32) -> Option<u8> {
         let vector = highest(&self.irr, words)?;

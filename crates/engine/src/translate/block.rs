@@ -19,6 +19,7 @@ use crate::{
     cpu::{Cpu, mode},
     decode::MAX_LENGTH,
     native::{FeatureSet, StubCache},
+    signal::request,
     tlb::PAGE_MASK,
     uop::Uop,
     verify,
@@ -55,6 +56,8 @@ pub(super) struct Work<'a> {
     pub(super) first: usize,
     /// Where the part begins that follows it, if there is one.
     pub(super) follower: Option<i64>,
+    /// The instruction is the last of its part.
+    pub(super) ends: bool,
     /// Where the first part begins, and whether the translation may be a loop.
     pub(super) entry: i64,
     pub(super) may_loop: bool,
@@ -196,9 +199,10 @@ impl Cpu {
             return false;
         }
         if self.cache.code.is_full() {
-            // There is room again when the next new block was decoded.
+            // There is room again soon: see `Cpu::look_for_heat`.
             // SAFETY: as above.
             unsafe { (*block).runs_left = self.cache.promote };
+            self.signal.note(request::HOT);
             return false;
         }
         let Some(parts) = self.parts(block) else { return false };
@@ -221,6 +225,7 @@ impl Cpu {
             start: parts[0].start,
             first: 0,
             follower: None,
+            ends: false,
             entry: parts[0].start,
             may_loop: count <= LONGEST_LOOP,
             at: self.cache.code.next_offset(),
@@ -372,6 +377,7 @@ impl Work<'_> {
             let fused = index >= ops.len();
             let op = &ops[index.min(ops.len() - 1)];
             let last = index + 1 == ops.len() && ops.len() < instructions.len();
+            self.ends = index + 1 == instructions.len();
             let flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
             if flow != Flow::On {
                 return flow;
@@ -388,7 +394,8 @@ impl Work<'_> {
         if let Some(flow) = self.control(insn, op, index) {
             return flow;
         }
-        if self.special(insn, op, index) || self.copy(insn, op, index) {
+        let kernel = |work: &mut Self| work.privileged(insn, op, index) || work.repeated(insn, op, index);
+        if self.special(insn, op, index) || kernel(self) || self.copy(insn, op, index) {
             return Flow::On;
         }
         self.no_spans();

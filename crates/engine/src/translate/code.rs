@@ -18,14 +18,17 @@ pub struct CodeBuffer {
 }
 
 /// Bytes for the translations of all vCPUs together, and of one at least.
-const CAPACITY: usize = 12 << 20;
-const CAPACITY_OF_ONE: usize = 5 << 20;
+const CAPACITY: usize = 16 << 20;
+const CAPACITY_OF_ONE: usize = 7 << 20;
+/// The same of an engine that is to run out of them often.
+const SMALL_CAPACITY: usize = 384 << 10;
 /// No translation is larger.
 const LARGEST: usize = 64 << 10;
 
 impl CodeBuffer {
-    pub fn new(vcpus: u32) -> io::Result<Self> {
+    pub fn new(vcpus: u32, small: bool) -> io::Result<Self> {
         let bytes = (CAPACITY / vcpus.max(1) as usize).max(CAPACITY_OF_ONE);
+        let bytes = if small { SMALL_CAPACITY } else { bytes };
         let memory = DualMapping::with_data(bytes, window::BYTES)?;
         let (code, thunks) = thunks::make(memory.executable() as u64, memory.data() as u64);
         let mut buffer = Self { memory, thunks, first: 0, used: 0 };

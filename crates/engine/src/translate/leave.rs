@@ -316,6 +316,8 @@ impl Default for State {
             generation: 0,
             cpu: 0,
             requests: std::ptr::null(),
+            interrupts: std::ptr::null(),
+            user_pages: 0,
             window_set: 0,
             window: 0,
             again: Vec::new(),

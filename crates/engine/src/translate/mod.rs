@@ -26,8 +26,10 @@ mod jump;
 pub mod leave;
 mod operand;
 mod outline;
+mod privileged;
 pub mod span;
 mod special;
+mod strings;
 mod thunks;
 pub mod window;
 
@@ -115,6 +117,10 @@ pub struct State {
     pub cpu: u64,
     /// The vCPU's request word.
     pub requests: *const AtomicU32,
+    /// A word of the vCPU's APIC that is 0 where no interrupt waits in it.
+    pub interrupts: *const AtomicU32,
+    /// The TLB set for the kernel while it may reach user pages.
+    pub user_pages: u64,
     /// The TLB set that windows may be moved by, if that is the current one; else 0.
     pub window_set: u64,
     /// The window that missed last.

@@ -15,7 +15,7 @@ use super::{
     vectors,
 };
 use crate::{
-    cpu::{Cpu, Segment},
+    cpu::Cpu,
     decode::is_nop,
     uop::Uop,
 };
@@ -46,14 +46,6 @@ impl Work<'_> {
             }
             Code::Btc_rm32_r32 | Code::Btc_rm64_r64 if insn.op0_kind() == OpKind::Memory => {
                 self.bit_string(insn, op, index, Some(0xbb))
-            }
-            Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if insn.op0_kind() == OpKind::Register => {
-                self.selector(op);
-                true
-            }
-            Code::Cli => {
-                self.clear_interrupts(index);
-                true
             }
             Code::Rdtsc | Code::Rdtscp => {
                 self.read_tsc(insn.code() == Code::Rdtscp, index);
@@ -414,31 +406,5 @@ impl Work<'_> {
         self.e().bind(done);
         self.t.outlines.push(Outline::Last { from: odd, site, make: None });
         true
-    }
-
-    /// MOV r, Sreg.
-    fn selector(&mut self, op: &Uop) {
-        let at = offset_of!(Cpu, seg) + usize::from(op.src) * size_of::<Segment>() + offset_of!(Segment, selector);
-        let guest = op.dst / 8;
-        let to = HOST[usize::from(guest)].unwrap_or(T0);
-        self.keep_recipe(host_mask(1 << guest));
-        self.e().rm(false, &[0x0f, 0xb7], to, Mem::State(at));
-        if to == T0 {
-            self.store_guest(T0, guest);
-        }
-    }
-
-    /// CLI at privilege 0; anywhere else IOPL decides.
-    fn clear_interrupts(&mut self, index: usize) {
-        self.drop_held();
-        self.pack();
-        let (odd, done) = (self.e().label(), self.e().label());
-        self.e().cmp_byte(Mem::State(offset_of!(Cpu, cpl)), 0);
-        self.e().jcc(cc::NE, odd);
-        self.e().group1_mem(false, 4, RFLAGS, !(crate::cpu::rflags::IF as i32));
-        let site = self.site(index, 1, false);
-        self.t.outlines.push(Outline::Interpret { from: odd, done, site });
-        self.flags.host = false;
-        self.e().bind(done);
     }
 }

@@ -8,6 +8,7 @@ use super::{
     GUARDED, HOST, Left, State,
     emit::{Emitter, Label, Mem, RDI, RDX, RSI, RSP, T0, T1, cc},
     leave,
+    strings::SIZES,
     window::{self, Frame, Kind, LIST_FULL, List, TO_FRAME, Window},
 };
 use crate::{
@@ -58,6 +59,9 @@ pub struct Thunks {
     /// Call: an access at RAX that is not in its window, which R15 points at. Comes back with ZF clear and in R15 what is
     /// to be added to the address, or with ZF set when the TLB does not know it either. RAX stays as it is.
     pub window: u64,
+    /// Calls: REP MOVS and REP STOS of each size; ZF says that it is one for the interpreter.
+    pub movs: [u64; SIZES],
+    pub stos: [u64; SIZES],
     /// Call: the host's address in RAX must be one of the guest's RAM. Everything stays as it is.
     pub guard: u64,
     /// Call: a span that missed; RAX is its leading operand's address, R15 its site. To be tried again.
@@ -73,8 +77,9 @@ fn vector(register: u8) -> usize {
     offset_of!(Cpu, regs) + offset_of!(Regs, ymm) + register as usize * 32
 }
 
-struct Maker {
-    e: Emitter,
+pub(super) struct Maker {
+    pub(super) e: Emitter,
+    pub(super) guard_thunk: u64,
     avx: bool,
     tail: Label,
     /// Where the windows and their lists are.
@@ -338,7 +343,7 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
     let tail = e.label();
     let avx = FeatureSet::host().contains_all(&[CpuidFeature::AVX]);
     let lists = windows + offset_of!(window::Table, lists) as u64;
-    let mut m = Maker { e, avx, tail, windows, lists };
+    let mut m = Maker { e, guard_thunk: 0, avx, tail, windows, lists };
     let mut thunks = Thunks { enter: m.entry(), ..Thunks::default() };
     let saved = [3, 5, 12, 13, 14, 15];
     for register in saved {
@@ -420,6 +425,14 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
 
     thunks.guard = m.entry();
     m.guard();
+    m.guard_thunk = thunks.guard;
+
+    for size in 0..SIZES {
+        thunks.movs[size] = m.entry();
+        m.repeat(size, true);
+        thunks.stos[size] = m.entry();
+        m.repeat(size, false);
+    }
 
     thunks.x87 = m.entry();
     m.e.store(T0, state(offset_of!(State, target)));

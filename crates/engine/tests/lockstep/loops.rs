@@ -5,6 +5,7 @@
 //! routine of its own, and does what the manual asks for before the change may be relied upon (Intel SDM vol. 3, 5.10.4).
 
 mod bodies;
+mod chores;
 mod events;
 
 use std::fmt::Write;
@@ -190,7 +191,7 @@ pub fn guest(random: &mut Random) -> Guest {
     }
     let mut state = bare::state(TABLES, 0x10, 0xc093);
     state.segments[1] = Segment { selector: 8, base: 0, limit: u32::MAX, rights: 0xa09b, unusable: false };
-    state.cr4 |= if pcid { 1 << 17 } else { 0 } | 1 << 7;
+    state.cr4 |= if pcid { 1 << 17 } else { 0 } | 1 << 16 | 1 << 7;
     state.rip = SCRIPT;
     state.gpr[4] = STACK_END;
     Guest::of(memory, state, steps, RAM, RAM, SCRIPT..SCRIPT + SCRIPT_BYTES as u64)
