@@ -1,11 +1,23 @@
 //! Descriptors, segment loads and far control transfers (Intel SDM vol. 3, chapters 3, 6 and 7).
 
 use crate::{
-    cpu::{Cpu, Segment, efer, rflags, rights, sreg},
+    cpu::{Cpu, Segment, cr4, efer, rflags, rights, sreg},
     fault::{Fault, Run, vector},
     mmu::canonical,
+    regs::pack,
     task::Switch,
 };
+
+/// Rights of the segments that SYSCALL and SYSRET load in 64-bit mode.
+const KERNEL_CODE: u16 = 0xa09b;
+const KERNEL_STACK: u16 = 0xc093;
+const USER_CODE: u16 = 0xa0fb;
+const USER_STACK: u16 = 0xc0f3;
+
+/// A segment that covers everything.
+const fn flat(selector: u16, rights: u16) -> Segment {
+    Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false }
+}
 
 /// A descriptor as it stands in the GDT or LDT.
 #[derive(Clone, Copy)]
@@ -571,7 +583,6 @@ impl Cpu {
         if self.efer & efer::SCE == 0 || !self.protected() {
             return self.ud();
         }
-        let flat = |selector: u16, rights| Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false };
         let cs = (self.msr.star >> 32) as u16 & 0xfffc;
         if self.long_mode() {
             self.regs.gpr[1] = next;
@@ -579,7 +590,7 @@ impl Cpu {
             self.rip = if self.code64() { self.msr.lstar } else { self.msr.cstar };
             let flags = self.flags() & !self.msr.sfmask & !rflags::RF;
             self.set_flags(flags);
-            self.seg[sreg::CS] = flat(cs, 0xa09b);
+            self.seg[sreg::CS] = flat(cs, KERNEL_CODE);
         } else {
             self.regs.gpr[1] = next & 0xffff_ffff;
             self.rip = self.msr.star & 0xffff_ffff;
@@ -587,10 +598,27 @@ impl Cpu {
             self.set_flags(flags);
             self.seg[sreg::CS] = flat(cs, 0xc09b);
         }
-        self.seg[sreg::SS] = flat(cs.wrapping_add(8), 0xc093);
+        self.seg[sreg::SS] = flat(cs.wrapping_add(8), KERNEL_STACK);
         self.cpl = 0;
         self.refresh();
         Ok(())
+    }
+
+    /// Has translated code know what SYSCALL and SYSRET do, after control registers or their MSRs changed.
+    pub fn look_at_calls(&mut self) {
+        let (star, mask) = (self.msr.star, self.msr.sfmask);
+        let usual = self.efer & efer::SCE != 0
+            && self.long_mode()
+            && self.protected()
+            && self.cr4 & cr4::TSD == 0
+            && mask & rflags::AC != 0;
+        let calls = &mut self.translated.calls;
+        calls.usual = usual.into();
+        calls.keeps = !mask & !rflags::RF;
+        calls.keeps_packed = !u32::from(pack(mask) & !pack(0));
+        let (kernel, user) = ((star >> 32) as u16 & 0xfffc, (star >> 48) as u16);
+        calls.kernel = [flat(kernel, KERNEL_CODE), flat(kernel.wrapping_add(8), KERNEL_STACK)];
+        calls.user = [flat(user.wrapping_add(16) | 3, USER_CODE), flat(user.wrapping_add(8) | 3, USER_STACK)];
     }
 
     /// SYSRET; `wide` with REX.W.
@@ -601,7 +629,6 @@ impl Cpu {
         if self.cpl != 0 {
             return self.gp(0);
         }
-        let flat = |selector: u16, rights| Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false };
         let base = (self.msr.star >> 48) as u16;
         if self.long_mode() {
             if wide && !canonical(self.regs.gpr[1]) {
@@ -615,12 +642,12 @@ impl Cpu {
         }
         if wide {
             self.rip = self.regs.gpr[1];
-            self.seg[sreg::CS] = flat(base.wrapping_add(16) | 3, 0xa0fb);
+            self.seg[sreg::CS] = flat(base.wrapping_add(16) | 3, USER_CODE);
         } else {
             self.rip = self.regs.gpr[1] & 0xffff_ffff;
             self.seg[sreg::CS] = flat(base | 3, 0xc0fb);
         }
-        self.seg[sreg::SS] = flat(base.wrapping_add(8) | 3, 0xc0f3);
+        self.seg[sreg::SS] = flat(base.wrapping_add(8) | 3, USER_STACK);
         self.cpl = 3;
         self.refresh();
         Ok(())
@@ -631,7 +658,6 @@ impl Cpu {
         if !self.protected() || cs == 0 {
             return self.gp(0);
         }
-        let flat = |selector: u16, rights| Segment { selector, base: 0, limit: u32::MAX, rights, unusable: false };
         let flags = self.flags() & !(rflags::VM | rflags::IF | rflags::RF);
         self.set_flags(flags);
         let mask = if self.long_mode() { u64::MAX } else { 0xffff_ffff };

@@ -292,7 +292,8 @@ impl Work<'_> {
                 self.jump_to(false, Some((site, -size)));
                 Some(Flow::Ended)
             }
-            // An interrupt or exception, a system call, LOOP, far jumps.
+            _ if self.call_system(insn.code(), index, next) => Some(Flow::Ended),
+            // An interrupt or exception, LOOP, far jumps.
             _ => Some(self.leave_to_interpreter(index, true)),
         }
     }

@@ -18,6 +18,7 @@
 
 mod access;
 pub mod block;
+mod calls;
 pub mod code;
 mod copy;
 pub mod emit;
@@ -34,6 +35,8 @@ mod thunks;
 pub mod window;
 
 use std::sync::atomic::AtomicU32;
+
+use vireo_cpu::Segment;
 
 use crate::{
     cache::Block,
@@ -106,6 +109,20 @@ pub const GUARDED: usize = 3;
 #[repr(C, align(32))]
 pub struct Gathered(pub [u8; 32]);
 
+/// What SYSCALL and SYSRET do, as the MSRs say.
+#[repr(C)]
+#[derive(Clone, Debug, Default)]
+pub struct Calls {
+    /// They are as kernels have them; else the interpreter looks.
+    pub usual: u32,
+    /// What SYSCALL leaves of RFLAGS, and of the packed flags.
+    pub keeps: u64,
+    pub keeps_packed: u32,
+    /// CS and SS.
+    pub kernel: [Segment; 2],
+    pub user: [Segment; 2],
+}
+
 /// What translated code keeps in the [`Cpu`](crate::cpu::Cpu).
 #[repr(C)]
 pub struct State {
@@ -119,8 +136,14 @@ pub struct State {
     pub requests: *const AtomicU32,
     /// A word of the vCPU's APIC that is 0 where no interrupt waits in it.
     pub interrupts: *const AtomicU32,
-    /// The TLB set for the kernel while it may reach user pages.
+    /// The TLB set for the kernel while it may reach user pages, and those of user code.
     pub user_pages: u64,
+    pub user_data: u64,
+    pub user_code: u64,
+    /// Where the kernel's code is.
+    pub kernel_code: u64,
+    /// SYSCALL and SYSRET, if they may be done as 64-bit kernels have them.
+    pub calls: Calls,
     /// The TLB set that windows may be moved by, if that is the current one; else 0.
     pub window_set: u64,
     /// The window that missed last.

@@ -14,11 +14,7 @@ use super::{
     thunks::{FLAGS, gpr, state},
     vectors,
 };
-use crate::{
-    cpu::Cpu,
-    decode::is_nop,
-    uop::Uop,
-};
+use crate::{cpu::Cpu, decode::is_nop, uop::Uop};
 
 const SCRATCH: Mem = state(offset_of!(State, scratch));
 const TARGET: Mem = state(offset_of!(State, target));
@@ -312,10 +308,10 @@ impl Work<'_> {
             None => self.e().load32(T1, gpr(guest)),
         }
         self.e().group1(false, 4, T1, if wide { 63 } else { 31 });
+        self.guard(Mem::Base(T0, 0), bytes);
         if insn.has_lock_prefix() {
             self.e().raw(&[0xf0]);
         }
-        self.guard(Mem::Base(T0, 0), bytes);
         self.e().rm(wide, &[0x0f, change.unwrap_or(0xa3)], T1, Mem::Base(T0, 0));
         // Only CF changes: bit 8 of the packed word.
         self.e().raw(&[0x0f, 0x92, 0xc0]);

@@ -106,6 +106,7 @@ impl Cpu {
                 return self.msr_fault(result);
             }
         }
+        self.look_at_calls();
         Ok(())
     }
 
