@@ -36,6 +36,9 @@ const LOOP_COUNT: u64 = 24;
 /// User code that goes back, and code that has an event happen.
 const WAY_BACK: u64 = LOOPS + LOOP_BYTES as u64 * LOOP_COUNT;
 const EVENT_CALL: u64 = WAY_BACK + 0x40;
+/// User code that comes back by SYSCALL, and where the kernel meets it.
+const TRIP_CODE: u64 = WAY_BACK + 0x60;
+const TRIP_END: u64 = EVENT_CODE - 0x40;
 const FRAMES: u64 = 0x30_0000;
 const FRAME_COUNT: u64 = 16;
 /// Where each frame has a function: MOV EAX, imm32; RET. Loops seldom write there.
@@ -160,6 +163,10 @@ pub fn guest(random: &mut Random) -> Guest {
     }
     memory.push((WAY_BACK, vec![0xcd, BACK, 0xeb, 0xfc]));
     memory.push((EVENT_CALL, vec![0xcd, EVENT, 0xc3]));
+    // ADD EAX, ECX; SYSCALL
+    memory.push((TRIP_CODE, vec![0x01, 0xc8, 0x0f, 0x05]));
+    // JMP [7F28]
+    memory.push((TRIP_END, vec![0xff, 0x24, 0x25, 0x28, 0x7f, 0, 0]));
     let (script, steps) = maker.script(&loops);
     memory.push((SCRIPT, script));
     memory.push((RUNTIME, runtime::code().to_vec()));
@@ -192,6 +199,8 @@ pub fn guest(random: &mut Random) -> Guest {
     let mut state = bare::state(TABLES, 0x10, 0xc093);
     state.segments[1] = Segment { selector: 8, base: 0, limit: u32::MAX, rights: 0xa09b, unusable: false };
     state.cr4 |= if pcid { 1 << 17 } else { 0 } | 1 << 16 | 1 << 7;
+    // STAR, LSTAR and SFMASK.
+    state.msrs.extend([(0xc000_0081, 0x0010_0008 << 32), (0xc000_0082, TRIP_END), (0xc000_0084, 0x4_7700)]);
     state.rip = SCRIPT;
     state.gpr[4] = STACK_END;
     Guest::of(memory, state, steps, RAM, RAM, SCRIPT..SCRIPT + SCRIPT_BYTES as u64)

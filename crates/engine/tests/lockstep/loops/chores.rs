@@ -1,6 +1,6 @@
 //! What kernels do all the time, as events: bases of GS and FS, the interrupt flag, access to user pages, and copies.
 
-use super::{AREAS, Maker, constant};
+use super::{AREAS, Maker, TRIP_CODE, constant};
 
 /// RDFSBASE and its kin (F3 0F AE, the operation in ModRM.reg) of RAX, RBX and R12, which lives in memory.
 const READ: u8 = 0;
@@ -18,6 +18,32 @@ impl Maker<'_> {
         }
         code.extend([0x41, 0x5c, 0x5f, 0x5e]);
         (text, code)
+    }
+
+    /// To user code by SYSRET and back by SYSCALL, with some flags. What they left in RCX, R11 and RFLAGS is added up.
+    pub(super) fn trip(&mut self) -> (String, Vec<u8>) {
+        // Neither TF, NT nor VM.
+        let flags = self.random.next() & self.random.pick(&[0x0028_3ed7, 0x002c_3ed7, 0x2d7]);
+        let mask = if self.random.chance(80) { 0x4_7700 } else { self.random.next() & 0x3f_7fd5 };
+        let mut code = Vec::new();
+        if self.random.chance(30) {
+            // MOV ECX, SFMASK; MOV EAX, mask; XOR EDX, EDX; WRMSR
+            code.extend([0xb9, 0x84, 0, 0, 0xc0, 0xb8]);
+            code.extend((mask as u32).to_le_bytes());
+            code.extend([0x31, 0xd2, 0x0f, 0x30]);
+        }
+        // PUSH R11; MOV [7F20], RSP
+        code.extend([0x41, 0x53, 0x48, 0x89, 0x24, 0x25, 0x20, 0x7f, 0, 0]);
+        constant(&mut code, 1, TRIP_CODE);
+        // MOV R11, flags
+        code.extend([0x49, 0xbb]);
+        code.extend(flags.to_le_bytes());
+        // LEA RAX, [where it goes on]; MOV [7F28], RAX; SYSRET
+        code.extend([0x48, 0x8d, 0x05, 11, 0, 0, 0, 0x48, 0x89, 0x04, 0x25, 0x28, 0x7f, 0, 0, 0x48, 0x0f, 0x07]);
+        // MOV RSP, [7F20]; PUSHF; POP RAX; ADD RAX, RCX; ADD RAX, R11; ADD [7F00], RAX; CLD; POP R11
+        code.extend([0x48, 0x8b, 0x24, 0x25, 0x20, 0x7f, 0, 0, 0x9c, 0x58, 0x48, 0x01, 0xc8, 0x4c, 0x01, 0xd8]);
+        code.extend([0x48, 0x01, 0x04, 0x25, 0, 0x7f, 0, 0, 0xfc, 0x41, 0x5b]);
+        (format!("to user code and back, flags {flags:#x}, mask {mask:#x}"), code)
     }
 
     fn chore(&mut self) -> (String, Vec<u8>) {

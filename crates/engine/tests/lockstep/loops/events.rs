@@ -10,8 +10,9 @@ impl Maker<'_> {
     /// What happens at some time: in words, and as code that may use RAX, RCX, RDX and RBX. On its stack is the saved
     /// RFLAGS, at RSP + 38.
     pub(super) fn event(&mut self) -> (String, Vec<u8>) {
-        match self.random.below(52) {
-            40.. => self.chores(),
+        match self.random.below(58) {
+            40..52 => self.chores(),
+            52.. => self.trip(),
             0..16 => self.remap(),
             16..19 => self.switch(),
             19..24 => self.run_frame(),
