@@ -293,6 +293,7 @@ impl Vcpu for SoftVcpu {
             ("translated_hot_blocks", t.hot),
             ("translated_paths", t.paths),
             ("translated_windowless_accesses", t.windowless),
+            ("windows", cpu.tlb.windows.count()),
             ("translated_bytes", cpu.cache.code.used() as u64),
             ("translated_slow_accesses", t.slow_accesses),
             ("translated_interpreted", t.interpreted),

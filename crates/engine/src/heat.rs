@@ -156,7 +156,7 @@ impl Trace {
 impl Cpu {
     /// Translates again what is to be, and has the next blocks looked at.
     pub fn look_for_heat(&mut self) {
-        if self.cache.code.is_full() {
+        if self.cache.code.is_full() || self.tlb.windows.are_stale() {
             return self.make_room();
         }
         let again = mem::take(&mut self.translated.again);

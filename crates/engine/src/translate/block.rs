@@ -258,7 +258,11 @@ impl Cpu {
         verify::tests::spoil(&mut t.emitter.code);
         let pushed = self.cache.code.push(&t.emitter.code);
         self.translator = Some(t);
-        let Some(at) = pushed else { return false };
+        let Some(at) = pushed else {
+            self.tlb.windows.untranslated();
+            return false;
+        };
+        self.tlb.windows.translated(block as u64);
         // SAFETY: as above.
         unsafe {
             (*block).entry = at as u32;

@@ -10,7 +10,11 @@
 //! windows that may cover them ([`Windows::forget`], [`Windows::forget_page`], [`Windows::forbid_writes`]), and with
 //! another set (RFLAGS.AC, breakpoints) none moves.
 
-use std::mem::offset_of;
+use std::{
+    collections::HashMap,
+    mem::offset_of,
+    time::{Duration, Instant},
+};
 
 /// Windows of a vCPU. Further accesses ask the TLB.
 const CAPACITY: usize = 8192;
@@ -20,6 +24,9 @@ const LISTED: usize = 768;
 pub const PATIENCE: i32 = 256;
 /// Host TSC ticks for so many moves below which the access does without.
 const HASTE: u64 = PATIENCE as u64 * 1000;
+
+/// How long windows are not begun anew.
+const FRESH: Duration = Duration::from_secs(2);
 
 /// What translated code looks at.
 #[repr(C)]
@@ -97,6 +104,14 @@ pub struct Windows {
     /// Zeroed memory near the vCPU's code; null where there is none.
     table: *mut Table,
     used: usize,
+    /// Those of translations that are gone.
+    free: Vec<u32>,
+    /// Those of the translation that is being made.
+    new: Vec<u32>,
+    /// Those of others, by the addresses of their blocks.
+    owned: HashMap<u64, Vec<u32>>,
+    /// When there last were none.
+    cleared: Instant,
 }
 
 // SAFETY: a vCPU's windows are used by the thread that runs it.
@@ -104,32 +119,66 @@ unsafe impl Send for Windows {}
 
 impl Default for Windows {
     fn default() -> Self {
-        Self { table: std::ptr::null_mut(), used: 0 }
+        Self::at(std::ptr::null_mut())
     }
 }
 
 impl Windows {
+    fn at(table: *mut Table) -> Self {
+        Self { table, used: 0, free: Vec::new(), new: Vec::new(), owned: HashMap::new(), cleared: Instant::now() }
+    }
+
     /// # Safety
     /// `memory` has [`BYTES`] zeroed bytes, aligned for a page, that are nobody else's and live as long as this.
     pub unsafe fn new(memory: *mut u8) -> Self {
-        Self { table: memory.cast(), used: 0 }
+        Self::at(memory.cast())
     }
 
     /// A window for accesses of `bytes` bytes, and nothing in it yet: its address, if there is room for one more.
     pub fn add(&mut self, bytes: u64, table: i32, write: bool, user: bool) -> Option<u64> {
-        if self.table.is_null() || self.used == CAPACITY {
+        if self.table.is_null() || self.is_exhausted() {
             return None;
         }
-        let at = self.used;
-        self.used += 1;
+        let at = self.free.pop().map_or(self.used, |at| at as usize);
+        // Where it was used before it may be in lists.
+        // SAFETY: inside the table, and written before.
+        let listed = if at == self.used { 0 } else { unsafe { (*self.table).frames[at].listed } };
+        self.used = self.used.max(at + 1);
+        self.new.push(at as u32);
         let room = 0x1001 - bytes as u32;
-        let frame = Frame { table, room, patience: PATIENCE, user, write, listed: 0, global: 0, since: 0 };
+        let frame = Frame { table, room, patience: PATIENCE, user, write, listed, global: 0, since: 0 };
         // SAFETY: inside the table, which translated code does not run on now.
         unsafe {
             (&raw mut (*self.table).windows[at]).write(Window { start: 0, room: 0, difference: 0, host: 0 });
             (&raw mut (*self.table).frames[at]).write(frame);
             Some(&raw const (*self.table).windows[at] as u64)
         }
+    }
+
+    /// Windows that accesses have.
+    pub fn count(&self) -> u64 {
+        (self.used - self.free.len()) as u64
+    }
+
+    fn is_exhausted(&self) -> bool {
+        self.used == CAPACITY && self.free.is_empty()
+    }
+
+    /// Whether there is no room for one more, and it is worth to begin anew: most are of code that does not run any more.
+    pub fn are_stale(&self) -> bool {
+        self.is_exhausted() && self.cleared.elapsed() > FRESH
+    }
+
+    /// A translation of this block was made, and takes the place of the one before: that is never run again.
+    pub fn translated(&mut self, block: u64) {
+        let new = std::mem::take(&mut self.new);
+        let old = if new.is_empty() { self.owned.remove(&block) } else { self.owned.insert(block, new) };
+        self.free.extend(old.unwrap_or_default());
+    }
+
+    /// No translation was made.
+    pub fn untranslated(&mut self) {
+        self.free.append(&mut self.new);
     }
 
     fn lists(&mut self) -> &mut [List; 3] {
@@ -231,6 +280,9 @@ impl Windows {
     pub fn clear(&mut self) {
         self.forget_all();
         self.used = 0;
+        self.free.clear();
+        self.owned.clear();
+        self.cleared = Instant::now();
     }
 }
 
