@@ -189,6 +189,14 @@ impl Cpu {
         true
     }
 
+    /// The parts of an access that crosses pages: where they are on the host, and their bytes; if both may be written.
+    pub fn writable_pair(&self, linear: u64, bytes: u64) -> Option<[[u64; 2]; 2]> {
+        let (a, b) = self.known_pair(linear, bytes, true, false)?;
+        let here = 0x1000 - (linear & PAGE_MASK);
+        let plain = a.gpa.is_none() && b.gpa.is_none();
+        plain.then_some([[a.host as u64, here], [b.host as u64, bytes - here]])
+    }
+
     /// Reads up to 64 bytes at a linear address, across pages and from devices.
     pub fn read_bytes(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
         if !out.is_empty() && crosses(linear, out.len() as u64) {

@@ -207,11 +207,23 @@ impl Work<'_> {
                 flags: false,
                 held: None,
                 make,
+                scatter: Vec::new(),
             });
             return;
         }
         let (missed, again, table) = self.look_up(bytes, write, pair);
-        self.t.outlines.push(Outline::Slow { missed, again, done, site, table, flags: false, held: None, make, pair });
+        self.t.outlines.push(Outline::Slow {
+            missed,
+            again,
+            done,
+            site,
+            table,
+            flags: false,
+            held: None,
+            make,
+            pair,
+            scatter: Vec::new(),
+        });
     }
 
     /// Where accesses are checked: ends the process if these bytes are not the guest's RAM.

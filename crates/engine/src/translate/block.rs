@@ -56,6 +56,8 @@ pub(super) struct Work<'a> {
     pub(super) first: usize,
     /// Where the part begins that follows it, if there is one.
     pub(super) follower: Option<i64>,
+    /// The instruction's store may be scattered.
+    pub(super) scatters: bool,
     /// The instruction is the last of its part.
     pub(super) ends: bool,
     /// Where the first part begins, and whether the translation may be a loop.
@@ -225,6 +227,7 @@ impl Cpu {
             start: parts[0].start,
             first: 0,
             follower: None,
+            scatters: false,
             ends: false,
             entry: parts[0].start,
             may_loop: count <= LONGEST_LOOP,
@@ -435,7 +438,10 @@ impl Work<'_> {
     }
 
     pub(super) fn site(&self, index: usize, bytes: u64, write: bool) -> u64 {
-        Site { block: self.block, index, bytes, write }.pack().expect("blocks are in the lower half and short")
+        let scatters = self.scatters;
+        Site { block: self.block, index, bytes, write, scatters }
+            .pack()
+            .expect("blocks are in the lower half and short")
     }
 }
 

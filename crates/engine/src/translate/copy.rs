@@ -1,6 +1,6 @@
 //! Instructions that are copied, with other operands.
 
-use std::mem::offset_of;
+use std::{mem::offset_of, ops::Range};
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -124,10 +124,14 @@ impl Work<'_> {
         }
         let done = self.e().label();
         let first = self.t.outlines.len();
+        self.scatters = found.stores && !found.flags_in && found.bytes > 1;
         self.operands(op, index, &found, &place, alignment, fop != 0, done);
+        let scatters = std::mem::take(&mut self.scatters);
+        let guard = self.e().here();
         if let (Some(mem), true) = (place.memory(), self.guards) {
             self.guard(mem, found.bytes);
         }
+        let guarded = self.e().here();
         if found.accumulator {
             self.e().mov(T0, ACCUMULATOR);
         }
@@ -139,6 +143,9 @@ impl Work<'_> {
         let (recipe, carry) =
             if found.flags_out { self.recipe_for(&place, &bytes, &found, index) } else { (None, false) };
         self.e().raw(&bytes);
+        if scatters {
+            self.scatter(first, guard..guarded);
+        }
         if found.accumulator {
             self.e().mov(ACCUMULATOR, T0);
         }
@@ -166,6 +173,20 @@ impl Work<'_> {
         }
         self.e().bind(done);
         true
+    }
+
+    /// The outlines pushed since `first` do the instruction that was just made themselves where its store crosses pages:
+    /// as it is made after them, but for the check.
+    fn scatter(&mut self, first: usize, check: Range<usize>) {
+        for outline in &mut self.t.outlines[first..] {
+            if let Outline::Slow { again, scatter, .. }
+            | Outline::SlowNear { again, scatter, .. }
+            | Outline::Moved { again, scatter, .. } = outline
+            {
+                let e = &self.t.emitter;
+                *scatter = [&e.code[e.place(*again)..check.start], &e.code[check.end..]].concat();
+            }
+        }
     }
 
     /// How to make the flags of an instruction again, and whether the flags in memory have its carry. Before it: one of

@@ -74,6 +74,11 @@ impl Emitter {
         self.labels[label.0] = self.code.len() as u32;
     }
 
+    /// Where a label is.
+    pub fn place(&self, label: Label) -> usize {
+        self.labels[label.0] as usize
+    }
+
     /// A label for the current place.
     pub fn mark(&mut self) -> Label {
         let label = self.label();

@@ -21,6 +21,8 @@ pub struct Site {
     pub index: usize,
     pub bytes: u64,
     pub write: bool,
+    /// It is a store that may be made to [`State::gathered`] and be scattered from there.
+    pub scatters: bool,
 }
 
 const ADDRESS_BITS: u32 = 47;
@@ -34,6 +36,7 @@ impl Site {
                 | (self.index as u64) << ADDRESS_BITS
                 | (self.bytes - 1) << (ADDRESS_BITS + 6)
                 | u64::from(self.write) << (ADDRESS_BITS + 11)
+                | u64::from(self.scatters) << (ADDRESS_BITS + 12)
         })
     }
 
@@ -43,6 +46,7 @@ impl Site {
             index: (word >> ADDRESS_BITS) as usize & 63,
             bytes: (word >> (ADDRESS_BITS + 6) & 31) + 1,
             write: word >> (ADDRESS_BITS + 11) & 1 != 0,
+            scatters: word >> (ADDRESS_BITS + 12) & 1 != 0,
         }
     }
 }
@@ -84,6 +88,14 @@ impl Cpu {
         let found = self.gather(linear, &mut gathered[..bytes as usize]);
         self.translated.gathered = Gathered(gathered);
         found
+    }
+
+    /// Where an access that crosses pages is to write, if the TLB has both pages and neither has code.
+    fn scatter_here(&mut self, linear: u64, bytes: u64) -> bool {
+        let Some(parts) = self.writable_pair(linear, bytes) else { return false };
+        self.translated.scattered = parts;
+        self.translated.scatters = true;
+        true
     }
 
     /// Instructions of the running block that were counted but did not run.
@@ -179,14 +191,16 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         cpu.at_block(site.block);
         let news = cpu.translated.news;
         cpu.look_at_window(site);
-        let found = if !site.write && crosses(linear, site.bytes) && cpu.gather_here(linear, site.bytes) {
-            Ok(Some((&raw mut cpu.translated.gathered).cast()))
-        } else {
-            cpu.reach(linear, site)
-        };
+        let apart = crosses(linear, site.bytes)
+            && match site.write {
+                false => cpu.gather_here(linear, site.bytes),
+                true => site.scatters && cpu.scatter_here(linear, site.bytes),
+            };
+        let found = if apart { Ok(Some((&raw mut cpu.translated.gathered).cast())) } else { cpu.reach(linear, site) };
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
             Ok(_) if cpu.translated.news != news => {
+                cpu.translated.scatters = false;
                 cpu.signal.note(request::CODE);
                 cpu.run_alone(site)
             }
@@ -328,6 +342,8 @@ impl Default for State {
             target: 0,
             scratch: 0,
             operand: 0,
+            scattered: [[0; 2]; 2],
+            scatters: false,
             gathered: Gathered([0; 32]),
             spans: [0; super::span::SLOTS],
             span_from: 0,

@@ -155,8 +155,11 @@ pub struct State {
     pub scratch: u64,
     /// What an instruction overwrote whose flags may have to be made again.
     pub operand: u64,
-    /// What an access read that crosses pages.
+    /// What an access read that crosses pages, or is about to write.
     pub gathered: Gathered,
+    /// Where it is to be written, and how many bytes there.
+    pub scattered: [[u64; 2]; 2],
+    pub scatters: bool,
     /// For each span of the running block, from linear addresses to the host's.
     pub spans: [u64; span::SLOTS],
     /// Of a span that is looked up: where it begins, from the operand that leads it, and its size.

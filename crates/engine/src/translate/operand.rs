@@ -22,6 +22,8 @@ pub enum Touch {
 #[derive(Clone, Copy, Debug)]
 pub struct Copyable {
     pub touch: Touch,
+    /// The memory operand is written, whatever it was.
+    pub stores: bool,
     /// Of the memory operand.
     pub bytes: u64,
     /// Guest registers in memory that are named, and whether they are read and written.
@@ -191,6 +193,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
         return None;
     }
     let found = info.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+    let stores = memory_at.is_some_and(|at| found.op_access(at) == OpAccess::Write);
     let touch = match memory_at.map(|at| found.op_access(at)) {
         None | Some(OpAccess::None | OpAccess::NoMemAccess) => Touch::None,
         Some(OpAccess::Read | OpAccess::CondRead) => Touch::Read,
@@ -203,6 +206,7 @@ pub fn analyse(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<
         || insn.code() == Code::Fnstsw_AX;
     let mut copyable = Copyable {
         touch,
+        stores,
         bytes: if touch == Touch::None { 1 } else { insn.memory_size().size() as u64 },
         carried: [None; 2],
         accumulator: high,

@@ -14,7 +14,8 @@ use super::{
 use crate::tlb::{Jump, PAGE_MASK};
 
 /// A piece of it, and where it comes from and goes back to. `make`: how the flags get to memory, if they are not there.
-/// `flags`: they are to be in the host's at `done`; `held`: the guest register that T1 is to be there.
+/// `flags`: they are to be in the host's at `done`; `held`: the guest register that T1 is to be there. `scatter`: the
+/// instruction, if its store may go to [`State::gathered`] and be scattered from there.
 pub enum Outline {
     /// A memory access that missed.
     Slow {
@@ -29,6 +30,7 @@ pub enum Outline {
         make: Option<Recipe>,
         /// The host's address is the sum of T0 and T1, else T0.
         pair: bool,
+        scatter: Vec<u8>,
     },
     /// An instruction for the interpreter after all, in the middle of the block.
     Interpret {
@@ -53,6 +55,7 @@ pub enum Outline {
         flags: bool,
         held: Option<u8>,
         make: Option<Recipe>,
+        scatter: Vec<u8>,
     },
     /// A memory access that is not in its window.
     Moved {
@@ -65,6 +68,7 @@ pub enum Outline {
         flags: bool,
         held: Option<u8>,
         make: Option<Recipe>,
+        scatter: Vec<u8>,
     },
     /// A span that missed.
     Span {
@@ -149,6 +153,51 @@ impl Work<'_> {
         e.call_address(thunk);
     }
 
+    /// The access whose address is in T0 takes the slow path, and goes on at `again` with the host's address as `form`
+    /// says; or behind the instruction as [`Outline`] says.
+    fn reach_slowly(
+        &mut self,
+        site: u64,
+        make: Option<Recipe>,
+        form: Form,
+        again: Label,
+        scatter: &[u8],
+        (flags, held, done): (bool, Option<u8>, Label),
+    ) {
+        let thunks = self.thunks;
+        let e = &mut self.t.emitter;
+        flags::make(e, make);
+        e.constant(T1, site);
+        e.call_address(thunks.slow);
+        let interpreted = e.label();
+        e.jcc(cc::E, interpreted);
+        match form {
+            Form::Sum => {}
+            Form::Pair => e.constant(T1, 0),
+            Form::Near(own) => {
+                e.lea(T1, own);
+                e.rr(true, &[0x29], T1, T0);
+                e.mov(T1, T0);
+            }
+        }
+        if scatter.is_empty() {
+            e.jmp(again);
+        } else {
+            e.cmp_byte(state(offset_of!(State, scatters)), 0);
+            e.jcc(cc::E, again);
+            e.raw(scatter);
+            e.call_address(thunks.scatter);
+        }
+        e.bind(interpreted);
+        if flags {
+            flags::unpack(e);
+        }
+        if let Some(guest) = held {
+            e.load(T1, gpr(guest));
+        }
+        e.jmp(done);
+    }
+
     pub(super) fn outlines(&mut self) {
         // SAFETY: the block is alive.
         let guest_page = unsafe { (*self.block).gpa } & !PAGE_MASK;
@@ -156,47 +205,18 @@ impl Work<'_> {
             let thunks = self.thunks;
             let e = &mut self.t.emitter;
             match outline {
-                Outline::Slow { missed, again, done, site, table, flags, held, make, pair } => {
+                Outline::Slow { missed, again, done, site, table, flags, held, make, pair, scatter } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
-                    flags::make(e, make);
-                    e.constant(T1, site);
-                    e.call_address(thunks.slow);
-                    if pair {
-                        e.constant(T1, 0);
-                    }
-                    e.jcc(cc::NE, again);
-                    if flags {
-                        flags::unpack(e);
-                    }
-                    if let Some(guest) = held {
-                        e.load(T1, gpr(guest));
-                    }
-                    e.jmp(done);
+                    let form = if pair { Form::Pair } else { Form::Sum };
+                    self.reach_slowly(site, make, form, again, &scatter, (flags, held, done));
                 }
-                Outline::SlowNear { missed, again, done, own, site, table, flags, held, make } => {
+                Outline::SlowNear { missed, again, done, own, site, table, flags, held, make, scatter } => {
                     e.bind(missed);
                     e.rm(true, &[0x33], T0, Mem::Base(T1, table));
-                    flags::make(e, make);
-                    e.constant(T1, site);
-                    e.call_address(thunks.slow);
-                    // LEA leaves ZF alone; SUB comes after it was looked at.
-                    e.lea(T1, own);
-                    let interpreted = e.label();
-                    e.jcc(cc::E, interpreted);
-                    e.rr(true, &[0x29], T1, T0);
-                    e.mov(T1, T0);
-                    e.jmp(again);
-                    e.bind(interpreted);
-                    if flags {
-                        flags::unpack(e);
-                    }
-                    if let Some(guest) = held {
-                        e.load(T1, gpr(guest));
-                    }
-                    e.jmp(done);
+                    self.reach_slowly(site, make, Form::Near(own), again, &scatter, (flags, held, done));
                 }
-                Outline::Moved { missed, again, done, site, window, form, flags, held, make } => {
+                Outline::Moved { missed, again, done, site, window, form, flags, held, make, scatter } => {
                     e.bind(missed);
                     self.move_window(window, !matches!(form, Form::Pair));
                     let e = &mut self.t.emitter;
@@ -207,29 +227,7 @@ impl Work<'_> {
                     }
                     e.jmp(again);
                     e.bind(slow);
-                    flags::make(e, make);
-                    e.constant(T1, site);
-                    e.call_address(thunks.slow);
-                    let interpreted = e.label();
-                    e.jcc(cc::E, interpreted);
-                    match form {
-                        Form::Sum => {}
-                        Form::Pair => e.constant(T1, 0),
-                        Form::Near(own) => {
-                            e.lea(T1, own);
-                            e.rr(true, &[0x29], T1, T0);
-                            e.mov(T1, T0);
-                        }
-                    }
-                    e.jmp(again);
-                    e.bind(interpreted);
-                    if flags {
-                        flags::unpack(e);
-                    }
-                    if let Some(guest) = held {
-                        e.load(T1, gpr(guest));
-                    }
-                    e.jmp(done);
+                    self.reach_slowly(site, make, form, again, &scatter, (flags, held, done));
                 }
                 Outline::Span { missed, again, moved, own, site, reach, make } => {
                     e.bind(missed);

@@ -256,6 +256,7 @@ impl Work<'_> {
                 flags: false,
                 held: None,
                 make,
+                scatter: Vec::new(),
             });
             return;
         }
@@ -272,6 +273,7 @@ impl Work<'_> {
             flags: false,
             held: None,
             make,
+            scatter: Vec::new(),
         });
     }
 

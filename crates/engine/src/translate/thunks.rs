@@ -62,6 +62,8 @@ pub struct Thunks {
     /// Calls: REP MOVS and REP STOS of each size; ZF says that it is one for the interpreter.
     pub movs: [u64; SIZES],
     pub stos: [u64; SIZES],
+    /// Call: what a store left in [`State::gathered`] goes where it belongs. Everything stays as it is but the host's flags.
+    pub scatter: u64,
     /// Call: the host's address in RAX must be one of the guest's RAM. Everything stays as it is.
     pub guard: u64,
     /// Call: a span that missed; RAX is its leading operand's address, R15 its site. To be tried again.
@@ -328,6 +330,28 @@ impl Maker {
         e.ret();
     }
 
+    /// See [`Thunks::scatter`].
+    fn scatter(&mut self) {
+        const RCX: u8 = 1;
+        let e = &mut self.e;
+        let saved = [RCX, RSI, RDI];
+        saved.iter().for_each(|r| e.push(*r));
+        e.load(RSI, state(offset_of!(State, cpu)));
+        e.lea(RSI, Mem::Base(RSI, (offset_of!(Cpu, translated) + offset_of!(State, gathered)) as i32));
+        for part in 0..2 {
+            let part = offset_of!(State, scattered) + part * 16;
+            e.load(RDI, state(part));
+            e.load(RCX, state(part + 8));
+            // REP MOVSB
+            e.raw(&[0xf3, 0xa4]);
+        }
+        // MOV byte [scatters], 0
+        e.rm(false, &[0xc6], 0, state(offset_of!(State, scatters)));
+        e.raw(&[0]);
+        saved.iter().rev().for_each(|r| e.pop(*r));
+        e.ret();
+    }
+
     fn entry(&mut self) -> u64 {
         while !self.e.here().is_multiple_of(16) {
             self.e.raw(&[0xcc]);
@@ -426,6 +450,9 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
     thunks.guard = m.entry();
     m.guard();
     m.guard_thunk = thunks.guard;
+
+    thunks.scatter = m.entry();
+    m.scatter();
 
     for size in 0..SIZES {
         thunks.movs[size] = m.entry();
