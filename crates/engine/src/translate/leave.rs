@@ -28,15 +28,20 @@ pub struct Site {
 const ADDRESS_BITS: u32 = 47;
 
 impl Site {
+    /// Where the word has the number of bytes, less one, and the bits for writing and scattering.
+    pub const BYTES_AT: u8 = ADDRESS_BITS as u8 + 6;
+    pub const WRITE_AT: u8 = ADDRESS_BITS as u8 + 11;
+    pub const SCATTERS_AT: u8 = ADDRESS_BITS as u8 + 12;
+
     /// `None` where the address has too many bits.
     pub fn pack(self) -> Option<u64> {
         let block = self.block as u64;
         (block >> ADDRESS_BITS == 0 && self.index < 64 && (1..=32).contains(&self.bytes)).then(|| {
             block
                 | (self.index as u64) << ADDRESS_BITS
-                | (self.bytes - 1) << (ADDRESS_BITS + 6)
-                | u64::from(self.write) << (ADDRESS_BITS + 11)
-                | u64::from(self.scatters) << (ADDRESS_BITS + 12)
+                | (self.bytes - 1) << Self::BYTES_AT
+                | u64::from(self.write) << Self::WRITE_AT
+                | u64::from(self.scatters) << Self::SCATTERS_AT
         })
     }
 
@@ -44,9 +49,9 @@ impl Site {
         Self {
             block: (word & ((1 << ADDRESS_BITS) - 1)) as *const Block,
             index: (word >> ADDRESS_BITS) as usize & 63,
-            bytes: (word >> (ADDRESS_BITS + 6) & 31) + 1,
-            write: word >> (ADDRESS_BITS + 11) & 1 != 0,
-            scatters: word >> (ADDRESS_BITS + 12) & 1 != 0,
+            bytes: (word >> Self::BYTES_AT & 31) + 1,
+            write: word >> Self::WRITE_AT & 1 != 0,
+            scatters: word >> Self::SCATTERS_AT & 1 != 0,
         }
     }
 }

@@ -17,6 +17,7 @@
 //! table of the current address space and privilege, in line. Code that was written to is cut off at its entry.
 
 mod access;
+mod apart;
 pub mod block;
 mod calls;
 pub mod code;

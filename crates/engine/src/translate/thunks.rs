@@ -330,28 +330,6 @@ impl Maker {
         e.ret();
     }
 
-    /// See [`Thunks::scatter`].
-    fn scatter(&mut self) {
-        const RCX: u8 = 1;
-        let e = &mut self.e;
-        let saved = [RCX, RSI, RDI];
-        saved.iter().for_each(|r| e.push(*r));
-        e.load(RSI, state(offset_of!(State, cpu)));
-        e.lea(RSI, Mem::Base(RSI, (offset_of!(Cpu, translated) + offset_of!(State, gathered)) as i32));
-        for part in 0..2 {
-            let part = offset_of!(State, scattered) + part * 16;
-            e.load(RDI, state(part));
-            e.load(RCX, state(part + 8));
-            // REP MOVSB
-            e.raw(&[0xf3, 0xa4]);
-        }
-        // MOV byte [scatters], 0
-        e.rm(false, &[0xc6], 0, state(offset_of!(State, scatters)));
-        e.raw(&[0]);
-        saved.iter().rev().for_each(|r| e.pop(*r));
-        e.ret();
-    }
-
     fn entry(&mut self) -> u64 {
         while !self.e.here().is_multiple_of(16) {
             self.e.raw(&[0xcc]);
@@ -431,6 +409,7 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
     m.e.jmp(reload);
 
     thunks.slow = m.entry();
+    m.apart();
     m.help(false, leave::slow as *const () as u64);
     m.e.bind(reload);
     m.e.group1(true, 7, T0, 1);
