@@ -117,7 +117,7 @@ fn run(args: &Args) -> Result<()> {
         for suite in &args.suite {
             if *suite == Suite::Work && !args.no_native {
                 eprintln!("round {round}/{}: {suite:?} on the host", args.rounds);
-                comparison.add(NATIVE, work::native(&guest.load_path, &workloads, args.scale)?);
+                comparison.add(NATIVE, work::native(&[], &guest.load_path, &workloads, args.scale)?);
             }
             for vmm in &vmms {
                 eprintln!("round {round}/{}: {suite:?} on {}", args.rounds, vmm.name());

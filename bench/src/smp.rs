@@ -1,6 +1,6 @@
 //! Two vCPUs against one: what a second one gains where it can, and costs where it cannot.
 
-use std::{collections::BTreeMap, fs, thread, time::Duration};
+use std::{collections::BTreeMap, fs, process::Command, thread, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -51,7 +51,29 @@ pub fn measure(vmm: &Vmm, setting: &Setting<'_>) -> Result<Vec<Figure>> {
         value: 2.0 * AT_ONCE * alone.host_wall.as_secs_f64() / longer.as_secs_f64(),
         by_cpu: None,
     });
+    figures.extend(on_the_host(setting)?);
     Ok(figures)
+}
+
+/// What the host's own second processor costs [`SINGLE`] without any VMM, where `taskset` is there to take it away.
+fn on_the_host(setting: &Setting<'_>) -> Result<Vec<Figure>> {
+    let workloads = SINGLE.map(|name| Workload { group: String::new(), name: name.into() });
+    let pinned = ["taskset", "-c", "0"];
+    if !Command::new(pinned[0]).args(&pinned[1..]).arg("true").status().is_ok_and(|status| status.success()) {
+        return Ok(Vec::new());
+    }
+    let load = &setting.guest.load_path;
+    let one = work::native(&pinned, load, &workloads, setting.scale)?;
+    let two = work::native(&[], load, &workloads, setting.scale)?;
+    let time = |outcomes: &work::Outcomes, name: &str| match outcomes.get(name) {
+        Some(Ok(taken)) => Ok(taken.wall.as_secs_f64()),
+        _ => bail!("{name} did not run on the host"),
+    };
+    let figure = |name: &&str| {
+        let value = time(&two, name)? / time(&one, name)?;
+        Ok(Figure { name: format!("2 processors of the host: {name}, wall"), unit: Unit::Loss, value, by_cpu: None })
+    };
+    SINGLE.iter().map(figure).collect()
 }
 
 /// How many times as long as [`ALONE`] two machines compute at once: beside that, one's start is soon over.

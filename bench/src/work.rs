@@ -50,13 +50,21 @@ pub fn list(load: &Path, wanted: impl Fn(&Workload) -> bool) -> Result<Vec<Workl
     Ok(workloads.filter(wanted).collect())
 }
 
-pub fn native(load: &Path, workloads: &[Workload], scale: f64) -> Result<Outcomes> {
+/// On the host itself; `by` is a command that runs it, if it is not run as it is.
+pub fn native(by: &[&str], load: &Path, workloads: &[Workload], scale: f64) -> Result<Outcomes> {
     // In memory, as the guest's files are.
     let shared = Path::new("/dev/shm");
     let folder = if shared.is_dir() { tempfile::tempdir_in(shared)? } else { tempfile::tempdir()? };
     let mut outcomes = Outcomes::new();
     for Workload { name, .. } in workloads {
-        let mut command = Command::new(load);
+        let mut command = match by.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(load);
+                command
+            }
+            None => Command::new(load),
+        };
         command.args(["work", name]).arg(folder.path()).arg(scale.to_string());
         let finished = process::run(&mut command, u64::MAX)?;
         outcomes.extend(read(&finished.lines, true));
