@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasherDefault, Hasher},
     ptr,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -66,6 +67,23 @@ pub struct Shape {
     pub abortable: u32,
 }
 
+/// How often the code of a page was dropped lately, and when it last was.
+struct Changes {
+    count: u32,
+    last: Instant,
+}
+
+/// Time in which half of a page's changes are forgotten: it is another program's by and by.
+const HALF_LIFE: Duration = Duration::from_millis(20);
+
+impl Changes {
+    /// Those that still count.
+    fn lately(&self, now: Instant) -> u32 {
+        let halves = now.duration_since(self.last).as_nanos() / HALF_LIFE.as_nanos();
+        self.count.checked_shr(halves.try_into().unwrap_or(u32::MAX)).unwrap_or(0)
+    }
+}
+
 #[derive(Default)]
 struct GpaHasher(u64);
 
@@ -95,8 +113,7 @@ pub struct BlockCache {
     block_count: usize,
     by_address: Map<*mut Block>,
     by_page: Map<Vec<*mut Block>>,
-    /// How often the code of a page was dropped.
-    changes: Map<u32>,
+    changes: Map<Changes>,
     /// The blocks that hot ones are followed by, by the address of those.
     paths: Map<Vec<*const Block>>,
     /// The blocks whose translations go on with others, by the address of these.
@@ -274,7 +291,7 @@ impl BlockCache {
             self.blocks.push(Box::new_uninit_slice(SLAB));
         }
         // Where code changes again and again, translating it is wasted more and more often: unless it is asked for.
-        let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c / 4).min(10));
+        let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c.lately(Instant::now()) / 4).min(10));
         let changes = if self.promote < PROMOTE { 0 } else { changes };
         let block = self.blocks[slab][self.block_count % SLAB].write(Block {
             code: self.code.thunks.leave_block as *const u8,
@@ -313,7 +330,9 @@ impl BlockCache {
     /// Ends all blocks of the page: whoever still runs or links to one comes to `abort` at its next instruction.
     pub fn invalidate_page(&mut self, gpa: u64, abort: crate::uop::Handler) {
         let Some(blocks) = self.by_page.remove(&(gpa >> 12)) else { return };
-        *self.changes.entry(gpa >> 12).or_default() += 1;
+        let now = Instant::now();
+        let changes = self.changes.entry(gpa >> 12).or_insert(Changes { count: 0, last: now });
+        *changes = Changes { count: changes.lately(now) + 1, last: now };
         for block in blocks {
             // SAFETY: blocks and their ops live in slabs that are only reused after `clear`, which empties
             // `by_page`; nobody else is changing them, as a cache belongs to one vCPU's thread.
@@ -342,3 +361,18 @@ impl BlockCache {
 
 // SAFETY: a cache is used by one vCPU's thread at a time; the raw pointers lead into its own slabs.
 unsafe impl Send for BlockCache {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_forgotten() {
+        let last = Instant::now();
+        let changes = Changes { count: 40, last };
+        assert_eq!(changes.lately(last), 40);
+        assert_eq!(changes.lately(last + HALF_LIFE), 20);
+        assert_eq!(changes.lately(last + HALF_LIFE * 10), 0);
+        assert_eq!(changes.lately(last + Duration::from_secs(1 << 40)), 0);
+    }
+}
