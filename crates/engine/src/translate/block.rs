@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory};
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory};
 
 use super::{
     State,
@@ -100,6 +100,16 @@ struct Part<'a> {
     instructions: Vec<Instruction>,
 }
 
+impl Part<'_> {
+    /// Whether this block can come next. Where a jump leads is looked at when the jump is translated.
+    fn may_lead_to(&self, block: *const Block) -> bool {
+        let Some(last) = self.instructions.last() else { return false };
+        // SAFETY: blocks live until the cache is cleared.
+        let start = unsafe { (*block).gpa & PAGE_MASK } as i64;
+        last.flow_control() != FlowControl::Next || start == self.start + last.next_ip() as i64
+    }
+}
+
 /// Instructions of a translation that is made of several blocks, at most.
 const LONGEST: usize = 160;
 /// Loops of more instructions are not made twice.
@@ -181,7 +191,8 @@ impl Cpu {
                     && (*next).second_page.is_none()
                     && (*block).second_page.is_none()
             };
-            if !fits {
+            // Nor behind an end that leads elsewhere: an interrupt may have come between the two.
+            if !fits || !parts.last().is_some_and(|last| last.may_lead_to(next)) {
                 break;
             }
             let Some(part) = self.part(next).filter(|p| count + p.instructions.len() <= LONGEST) else { break };
@@ -448,4 +459,30 @@ impl Work<'_> {
 /// The bits of guest registers: see [`flags::register_bit`].
 pub(super) fn host_mask(guests: u16) -> u16 {
     (0..16).filter(|g| guests >> g & 1 != 0).fold(0, |all, g| all | flags::register_bit(g))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::{BlockCache, Shape};
+
+    /// What came by behind a block is not what follows it where an interrupt came between the two.
+    #[test]
+    fn a_path_goes_on_where_control_does() {
+        let mut cache = BlockCache::new(1, true).unwrap();
+        let mut at = |gpa| {
+            let shape = Shape { mode: mode::CODE64, second_page: None, count: 1, abortable: 1 };
+            cache.insert(gpa, shape, &[crate::decode::BLANK])
+        };
+        let (block, next, handler) = (at(0x1000), at(0x1003), at(0x1800));
+        for (code, straight) in
+            [(&[0x48, 0x89, 0xc2][..], true), (&[0x0f, 0x1f, 0x00], true), (&[0x90, 0x74, 0x10], false)]
+        {
+            let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
+            let instructions: Vec<_> = decoder.iter().collect();
+            let part = Part { block, start: 0, ops: &[], instructions };
+            assert!(part.may_lead_to(next), "{code:x?}");
+            assert_eq!(part.may_lead_to(handler), !straight, "{code:x?}");
+        }
+    }
 }
