@@ -14,11 +14,32 @@ use crate::{
 
 /// The longest block, in instructions.
 pub const MAX_BLOCK: usize = 48;
-/// Decoded instructions (32 bytes each) that the vCPUs of a machine keep together, and one at least.
-const CAPACITY: usize = 420_000;
-const CAPACITY_OF_ONE: usize = 150_000;
+/// Decoded instructions (32 bytes each) that the vCPUs of a machine keep together, and one at least: at first, and where
+/// more are of use.
+const CAPACITY: Capacity = Capacity { first: 420_000, first_of_one: 150_000, most: 1_500_000, most_of_one: 450_000 };
 /// The same of an engine that is to run out of them often.
-const SMALL_CAPACITY: usize = 4_000;
+const SMALL_CAPACITY: Capacity = Capacity { first: 4_000, first_of_one: 4_000, most: 8_000, most_of_one: 8_000 };
+/// Room that was filled again within this time is too small, if most of what filled it is of use.
+const SOON: Duration = Duration::from_secs(5);
+/// Bytes of translation that an instruction takes at least, about.
+const BYTES_OF_ONE: usize = 64;
+
+/// How much room the vCPUs of a machine have together, and how much each has at least.
+#[derive(Clone, Copy)]
+pub struct Capacity {
+    pub first: usize,
+    pub first_of_one: usize,
+    pub most: usize,
+    pub most_of_one: usize,
+}
+
+impl Capacity {
+    /// For one vCPU of `count`: at first, and at most.
+    pub fn of_one(self, count: u32) -> (usize, usize) {
+        let count = count.max(1) as usize;
+        ((self.first / count).max(self.first_of_one), (self.most / count).max(self.most_of_one))
+    }
+}
 
 /// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
 #[repr(C)]
@@ -109,6 +130,9 @@ type Map<V> = HashMap<u64, V, BuildHasherDefault<GpaHasher>>;
 pub struct BlockCache {
     ops: Box<[std::mem::MaybeUninit<Uop>]>,
     used: usize,
+    /// Ops that there is room for now.
+    limit: usize,
+    collected: Option<Instant>,
     blocks: Vec<Box<[std::mem::MaybeUninit<Block>]>>,
     block_count: usize,
     by_address: Map<*mut Block>,
@@ -138,11 +162,13 @@ fn key(gpa: u64, mode: u8) -> u64 {
 impl BlockCache {
     /// For one vCPU of `count`; a small one for tests. Memory is only touched as it fills.
     pub fn new(count: u32, small: bool) -> std::io::Result<Self> {
-        let capacity = (CAPACITY / count.max(1) as usize).max(CAPACITY_OF_ONE);
-        let capacity = if small { SMALL_CAPACITY } else { capacity };
+        let capacity = if small { SMALL_CAPACITY } else { CAPACITY };
+        let (limit, most) = capacity.of_one(count);
         Ok(Self {
-            ops: Box::new_uninit_slice(capacity),
+            ops: Box::new_uninit_slice(most),
             used: 0,
+            limit,
+            collected: None,
             blocks: Vec::new(),
             block_count: 0,
             by_address: Map::default(),
@@ -192,7 +218,7 @@ impl BlockCache {
 
     /// Whether one more block of the longest kind may not fit.
     pub fn is_full(&self) -> bool {
-        self.used + MAX_BLOCK + 1 > self.ops.len()
+        self.used + MAX_BLOCK + 1 > self.limit
     }
 
     /// Makes room: blocks that were not translated since the last time go. The others are translated again when they
@@ -238,8 +264,15 @@ impl BlockCache {
                 self.paths.insert(*head as u64, path);
             }
         }
+        let soon = self.collected.replace(Instant::now()).is_some_and(|last| last.elapsed() < SOON);
+        if soon && self.used > self.limit / 4 {
+            self.limit = (self.limit * 2).min(self.ops.len());
+        }
+        if soon && self.used * BYTES_OF_ONE > self.code.limit() / 2 {
+            self.code.widen();
+        }
         // Where most of it is of use there would be no room again too soon.
-        if self.used > self.ops.len() / 4 * 3 {
+        if self.used > self.limit / 4 * 3 {
             self.clear();
         }
     }

@@ -170,7 +170,7 @@ impl Engine for SoftEngine {
             tlb: Tlb::default(),
             inspect: false,
             breakpoint_hits: 0,
-            cache: BlockCache::new(config.count, eager)
+            cache: BlockCache::new(config.count, eager && !self.verify)
                 .map_err(|source| CpuError::Host { what: "mapping memory for translated code", source })?,
             fpu: Fpu::default(),
             stubs,

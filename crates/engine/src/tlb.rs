@@ -14,7 +14,7 @@ use crate::{
 pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 2048;
 const CODE_ENTRIES: usize = 256;
-pub const JUMP_ENTRIES: usize = 16384;
+pub const JUMP_ENTRIES: usize = 32768;
 /// How jumps are spread: by the high bits of a product.
 pub const JUMP_FACTOR: u32 = 0x9e37_79b1;
 pub const JUMP_SHIFT: u32 = u32::BITS - JUMP_ENTRIES.ilog2();

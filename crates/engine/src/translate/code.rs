@@ -6,7 +6,7 @@ use super::{
     thunks::{self, Thunks},
     window::{self, Windows},
 };
-use crate::native::DualMapping;
+use crate::{cache::Capacity, native::DualMapping};
 
 /// Code of one vCPU. No page of it is writable where it is executable.
 pub struct CodeBuffer {
@@ -15,23 +15,24 @@ pub struct CodeBuffer {
     /// Where translations begin, behind the thunks.
     first: usize,
     used: usize,
+    /// Bytes that there is room for now.
+    limit: usize,
 }
 
-/// Bytes for the translations of all vCPUs together, and of one at least.
-const CAPACITY: usize = 16 << 20;
-const CAPACITY_OF_ONE: usize = 7 << 20;
+/// Bytes for the translations of all vCPUs together, and of one at least: at first, and where more are of use.
+const CAPACITY: Capacity = Capacity { first: 16 << 20, first_of_one: 7 << 20, most: 96 << 20, most_of_one: 28 << 20 };
 /// The same of an engine that is to run out of them often.
-const SMALL_CAPACITY: usize = 384 << 10;
+const SMALL_CAPACITY: Capacity =
+    Capacity { first: 384 << 10, first_of_one: 384 << 10, most: 768 << 10, most_of_one: 768 << 10 };
 /// No translation is larger.
 const LARGEST: usize = 64 << 10;
 
 impl CodeBuffer {
     pub fn new(vcpus: u32, small: bool) -> io::Result<Self> {
-        let bytes = (CAPACITY / vcpus.max(1) as usize).max(CAPACITY_OF_ONE);
-        let bytes = if small { SMALL_CAPACITY } else { bytes };
-        let memory = DualMapping::with_data(bytes, window::BYTES)?;
+        let (limit, most) = if small { SMALL_CAPACITY } else { CAPACITY }.of_one(vcpus);
+        let memory = DualMapping::with_data(most, window::BYTES)?;
         let (code, thunks) = thunks::make(memory.executable() as u64, memory.data() as u64);
-        let mut buffer = Self { memory, thunks, first: 0, used: 0 };
+        let mut buffer = Self { memory, thunks, first: 0, used: 0, limit };
         buffer.push(&code);
         buffer.first = buffer.used;
         Ok(buffer)
@@ -56,7 +57,17 @@ impl CodeBuffer {
     }
 
     pub fn is_full(&self) -> bool {
-        self.used + LARGEST > self.memory.bytes()
+        self.used + LARGEST > self.limit
+    }
+
+    /// Bytes that there is room for now.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Makes room for twice as much, as far as there is any.
+    pub fn widen(&mut self) {
+        self.limit = (self.limit * 2).min(self.memory.bytes());
     }
 
     pub fn used(&self) -> usize {
@@ -65,7 +76,7 @@ impl CodeBuffer {
 
     /// Appends a translation that was made for [`Self::next_address`]; its offset, or `None` if it is too large.
     pub fn push(&mut self, code: &[u8]) -> Option<usize> {
-        if code.len() > LARGEST || self.used + code.len() > self.memory.bytes() {
+        if code.len() > LARGEST || self.used + code.len() > self.limit {
             return None;
         }
         let at = self.used;

@@ -17,7 +17,7 @@ use std::{
 };
 
 /// Windows of a vCPU. Further accesses ask the TLB.
-const CAPACITY: usize = 8192;
+const CAPACITY: usize = 16384;
 /// Windows of one kind that are in use at a time.
 const LISTED: usize = 768;
 /// Moves of a window until it is asked how quickly they came.
@@ -26,7 +26,7 @@ pub const PATIENCE: i32 = 256;
 const HASTE: u64 = PATIENCE as u64 * 1000;
 
 /// How long windows are not begun anew.
-const FRESH: Duration = Duration::from_secs(2);
+const FRESH: Duration = Duration::from_secs(60);
 
 /// What translated code looks at.
 #[repr(C)]
