@@ -8,7 +8,7 @@ PACKAGES := gcc libc6-dev make ca-certificates gpgv debian-archive-keyring e2fsp
 TEST_PACKAGES := $(PACKAGES) qemu-utils acpica-tools gnupg iproute2 cpio busybox-static xz-utils
 BENCH_PACKAGES := $(PACKAGES) qemu-system-x86
 
-.PHONY: all build run test e2e bench fuzz soak lockstep check packages test-packages bench-packages clean
+.PHONY: all build run test e2e bench fuzz soak lockstep proof check packages test-packages bench-packages clean
 
 all: build
 
@@ -41,6 +41,9 @@ soak: build test-packages
 
 lockstep: build test-packages
 	scripts/lockstep
+
+proof: build test-packages
+	scripts/proof
 
 check:
 	cargo fmt --all --check

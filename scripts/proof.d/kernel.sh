@@ -1,0 +1,22 @@
+# Builds a small kernel on all CPUs, the same bit by bit wherever it is built with the same tools, and prints its sums.
+set -eu
+begin=$(date +%s)
+say() { echo "$(($(date +%s) - begin)) s: $*" >&2; }
+mkdir -p /root/kernel && cd /root/kernel
+tar --extract --file=/usr/src/linux-source-6.1.tar.xz --strip-components=1
+say "unpacked"
+export ARCH=x86_64 LC_ALL=C KBUILD_BUILD_TIMESTAMP='Thu Jan  1 00:00:00 UTC 2026'
+export KBUILD_BUILD_USER=proof KBUILD_BUILD_HOST=proof KBUILD_BUILD_VERSION=1
+make tinyconfig >/dev/null 2>&1
+for option in 64BIT SMP PRINTK TTY SERIAL_8250 SERIAL_8250_CONSOLE BLK_DEV_INITRD RD_GZIP BINFMT_ELF PCI ACPI \
+    HYPERVISOR_GUEST PARAVIRT KVM_GUEST PROC_FS DEVTMPFS FUTEX ${OPTIONS:-}; do
+    scripts/config --enable "$option"
+done
+make olddefconfig >/dev/null
+say "configured"
+make -j4 vmlinux bzImage >make.log 2>&1 || { tail -n 40 make.log >&2; exit 1; }
+say "built"
+gcc --version | head -n 1
+ld --version | head -n 1
+sha256sum .config vmlinux System.map arch/x86/boot/bzImage
+find . -name '*.o' -newer .config | LC_ALL=C sort | xargs sha256sum
