@@ -18,9 +18,11 @@ mkdir -m 1777 /tmp/stress && cd /tmp/stress
 try() {
     count=$1
     shift
-    "$@" timeout --kill-after=10 600 stress-ng --verify --timeout "$seconds" "--$stressor" "$count" \
+    "$@" timeout --kill-after=10 900 stress-ng --verify --timeout "$seconds" "--$stressor" "$count" \
         >log 2>&1 </dev/null || status=$?
 }
+# What this kernel or this CPU does not have is not a failure: stress-ng's exit codes 3 and 4, or words.
+cannot() { [ $status = 3 ] || [ $status = 4 ] || { [ $status != 2 ] && grep -qE 'No stress workers invoked|skipp(ed|ing)' log; }; }
 ran=0 skipped='' failed=''
 for stressor in $stressors; do
     if echo "$left_out" | grep -q "^$stressor "; then
@@ -33,13 +35,13 @@ for stressor in $stressors; do
     [ "$stressor" != sigrt ] || count=1
     try "$count"
     # A few refuse to run as root.
-    if grep -q 'must not run' log; then
+    if cannot; then
         status=0
         try "$count" setpriv --reuid=nobody --regid=nogroup --clear-groups
     fi
-    # What this kernel or this CPU does not have is not a failure: stress-ng's exit codes 3 and 4.
-    if [ $status = 3 ] || [ $status = 4 ] || grep -qE 'No stress workers invoked|skipp(ed|ing)' log && [ $status != 2 ]; then
+    if cannot; then
         skipped="$skipped $stressor" verdict=skipped
+        sed -n 's/^stress-ng: [a-z]*: *\[[0-9]*\] *\(.*\(skip\|disabled\|must not\|cannot\|not \).*\)/  \1/p' log | head -n 1 >&2
     elif [ $status != 0 ]; then
         failed="$failed $stressor" verdict="FAILED with status $status"
         tail -n 30 log >&2
