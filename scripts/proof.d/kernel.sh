@@ -14,7 +14,7 @@ for option in 64BIT SMP PRINTK TTY SERIAL_8250 SERIAL_8250_CONSOLE BLK_DEV_INITR
 done
 make olddefconfig >/dev/null
 say "configured"
-make -j4 vmlinux bzImage >make.log 2>&1 || { tail -n 40 make.log >&2; exit 1; }
+make -j4 vmlinux bzImage >&2
 say "built"
 gcc --version | head -n 1
 ld --version | head -n 1
