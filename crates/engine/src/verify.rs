@@ -51,6 +51,8 @@ pub struct Made {
     loops: bool,
     /// It has instructions that may be left in the middle.
     repeats: bool,
+    /// Where its two parts are in the code buffer, and their lengths.
+    code: [(usize, usize); 2],
 }
 
 /// Why something ran without being compared.
@@ -121,6 +123,7 @@ impl Verifier {
         &mut self,
         parts: impl Iterator<Item = (*const Block, &'a [Instruction])>,
         loops: bool,
+        code: [(usize, usize); 2],
         clears: u64,
     ) {
         self.forget_old(clears);
@@ -134,7 +137,7 @@ impl Verifier {
         }
         let Some(first) = all.first().map(|block| *block as u64) else { return };
         if pure {
-            self.made.insert(first, Rc::new(Made { parts: all, flags, loops, repeats }));
+            self.made.insert(first, Rc::new(Made { parts: all, flags, loops, repeats, code }));
         } else {
             self.made.remove(&first);
         }

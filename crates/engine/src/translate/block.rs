@@ -63,8 +63,9 @@ pub(super) struct Work<'a> {
     /// Where the first part begins, and whether the translation may be a loop.
     pub(super) entry: i64,
     pub(super) may_loop: bool,
-    /// Offset of this translation in the code buffer.
-    pub(super) at: usize,
+    /// Offsets of this translation's two parts in the code buffer, and where the second one will run.
+    places: [usize; 2],
+    apart: u64,
     pub(super) flags: Flags,
     /// How to make the flags again, if that is possible.
     pub(super) recipe: Option<Recipe>,
@@ -227,7 +228,8 @@ impl Cpu {
         let started = std::time::Instant::now();
         let Some(mut t) = self.translator.take() else { return false };
         let thunks = self.cache.code.thunks;
-        t.emitter.start(self.cache.code.next_address());
+        let places = self.cache.code.next();
+        t.emitter.start(self.cache.code.address(places[0]) as u64);
         t.outlines.clear();
         let count: usize = parts.iter().map(|p| p.instructions.len()).sum();
         let mut work = Work {
@@ -242,7 +244,8 @@ impl Cpu {
             ends: false,
             entry: parts[0].start,
             may_loop: count <= LONGEST_LOOP,
-            at: self.cache.code.next_offset(),
+            places,
+            apart: self.cache.code.address(places[1]) as u64,
             flags: Flags::IN_MEMORY,
             recipe: None,
             carry: true,
@@ -264,13 +267,16 @@ impl Cpu {
             work.plan(parts.iter().flat_map(|p| &p.instructions));
         }
         work.block(&parts);
-        let dead = t.emitter.here();
+        let (often, rarely) = t.emitter.parts();
+        let lengths = [often.len(), rarely.len()];
+        let dead = places[1] + lengths[1];
         t.emitter.constant(T0, parts[0].start as u64);
         t.emitter.jmp_address(thunks.leave_at);
         t.emitter.resolve();
         #[cfg(test)]
         verify::tests::spoil(&mut t.emitter.code);
-        let pushed = self.cache.code.push(&t.emitter.code);
+        let (often, rarely) = t.emitter.parts();
+        let pushed = self.cache.code.push(often, rarely);
         self.translator = Some(t);
         let Some(at) = pushed else {
             self.tlb.windows.untranslated();
@@ -280,14 +286,15 @@ impl Cpu {
         // SAFETY: as above.
         unsafe {
             (*block).entry = at as u32;
-            (*block).dead = (at + dead) as u32;
+            (*block).dead = dead as u32;
             (*block).code = self.cache.code.address(at);
             self.cache.translated(&*block);
         }
         parts[1..].iter().for_each(|p| self.cache.note_head(p.block, block));
         if let Some(verifier) = &mut self.verifier {
             let parts = parts.iter().map(|p| (p.block, &p.instructions[..]));
-            verifier.translated(parts, count <= LONGEST_LOOP, self.cache.clears);
+            let code = [(places[0], lengths[0]), (places[1], lengths[1])];
+            verifier.translated(parts, count <= LONGEST_LOOP, code, self.cache.clears);
         }
         let c = &mut self.counters.translated;
         c.blocks += 1;
@@ -308,6 +315,12 @@ fn is_same(a: &Uop, b: &Uop, fused: bool) -> bool {
 }
 
 impl Work<'_> {
+    /// Where the next byte goes in the code buffer.
+    pub(super) fn place(&self) -> usize {
+        let (often, rarely) = self.t.emitter.parts();
+        if self.t.emitter.is_apart() { self.places[1] + rarely.len() } else { self.places[0] + often.len() }
+    }
+
     pub(super) fn e(&mut self) -> &mut Emitter {
         &mut self.t.emitter
     }
@@ -328,6 +341,8 @@ impl Work<'_> {
             self.flags.host = false;
             self.body(parts);
         }
+        let apart = self.apart;
+        self.e().go_apart(apart);
         for exit in std::mem::take(&mut self.exits) {
             self.e().bind(exit.from);
             self.drop_held();

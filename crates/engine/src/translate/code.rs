@@ -15,6 +15,8 @@ pub struct CodeBuffer {
     /// Where translations begin, behind the thunks.
     first: usize,
     used: usize,
+    /// Where what is rarely run goes next: it has the rest of the buffer, so that what is often run lies close together.
+    used_apart: usize,
     /// Bytes that there is room for now.
     limit: usize,
 }
@@ -24,7 +26,11 @@ const CAPACITY: Capacity = Capacity { first: 16 << 20, first_of_one: 7 << 20, mo
 /// The same of an engine that is to run out of them often.
 const SMALL_CAPACITY: Capacity =
     Capacity { first: 384 << 10, first_of_one: 384 << 10, most: 768 << 10, most_of_one: 768 << 10 };
-/// No translation is larger.
+/// Translations begin at multiples of this.
+const ALIGNED: usize = 16;
+/// Eighths of the room that are for what is often run.
+const OFTEN_RUN: usize = 4;
+/// No part of a translation is larger.
 const LARGEST: usize = 64 << 10;
 
 impl CodeBuffer {
@@ -32,9 +38,10 @@ impl CodeBuffer {
         let (limit, most) = if small { SMALL_CAPACITY } else { CAPACITY }.of_one(vcpus);
         let memory = DualMapping::with_data(most, window::BYTES)?;
         let (code, thunks) = thunks::make(memory.executable() as u64, memory.data() as u64);
-        let mut buffer = Self { memory, thunks, first: 0, used: 0, limit };
-        buffer.push(&code);
-        buffer.first = buffer.used;
+        let mut buffer = Self { memory, thunks, first: 0, used: 0, used_apart: 0, limit };
+        buffer.put(0, &code);
+        buffer.first = code.len().next_multiple_of(ALIGNED);
+        buffer.clear();
         Ok(buffer)
     }
 
@@ -47,17 +54,18 @@ impl CodeBuffer {
         unsafe { Windows::new(self.memory.data()) }
     }
 
-    /// Where the next translation will run.
-    pub fn next_address(&self) -> u64 {
-        self.memory.executable() as u64 + self.used as u64
-    }
-
-    pub fn next_offset(&self) -> usize {
-        self.used
+    /// Where the two parts of the next translation will be.
+    pub fn next(&self) -> [usize; 2] {
+        [self.used, self.used_apart]
     }
 
     pub fn is_full(&self) -> bool {
-        self.used + LARGEST > self.limit
+        self.used + LARGEST > self.middle() || self.used_apart + LARGEST > self.limit
+    }
+
+    /// Where code begins that is rarely run.
+    fn middle(&self) -> usize {
+        (self.first + (self.limit - self.first) / 8 * OFTEN_RUN).next_multiple_of(ALIGNED)
     }
 
     /// Bytes that there is room for now.
@@ -65,25 +73,36 @@ impl CodeBuffer {
         self.limit
     }
 
-    /// Makes room for twice as much, as far as there is any.
+    /// Makes room for twice as much, as far as there is any. Nothing is in it.
     pub fn widen(&mut self) {
         self.limit = (self.limit * 2).min(self.memory.bytes());
+        self.clear();
     }
 
     pub fn used(&self) -> usize {
-        self.used
+        self.used + (self.used_apart - self.middle())
     }
 
-    /// Appends a translation that was made for [`Self::next_address`]; its offset, or `None` if it is too large.
-    pub fn push(&mut self, code: &[u8]) -> Option<usize> {
-        if code.len() > LARGEST || self.used + code.len() > self.limit {
+    /// Appends a translation that was made for [`Self::next`]; its offset, or `None` if it is too large.
+    pub fn push(&mut self, often: &[u8], rarely: &[u8]) -> Option<usize> {
+        let fits = often.len().max(rarely.len()) <= LARGEST
+            && self.used + often.len() <= self.middle()
+            && self.used_apart + rarely.len() <= self.limit;
+        if !fits {
             return None;
         }
         let at = self.used;
+        self.put(at, often);
+        self.put(self.used_apart, rarely);
+        self.used = (at + often.len()).next_multiple_of(ALIGNED);
+        self.used_apart += rarely.len();
+        Some(at)
+    }
+
+    fn put(&mut self, at: usize, code: &[u8]) {
+        assert!(at + code.len() <= self.memory.bytes());
         // SAFETY: the range lies in the writable view, which nobody has a reference into.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.memory.writable().add(at), code.len()) };
-        self.used = (at + code.len()).next_multiple_of(16);
-        Some(at)
     }
 
     pub fn address(&self, offset: usize) -> *const u8 {
@@ -92,7 +111,7 @@ impl CodeBuffer {
 
     /// Makes the 32-bit displacement at `site` lead to `target`.
     pub fn patch(&mut self, site: usize, target: usize) {
-        debug_assert!(site + 4 <= self.used && target < self.used);
+        debug_assert!(site + 4 <= self.limit && target < self.limit);
         let rel = (target as i64 - (site as i64 + 4)) as i32;
         // SAFETY: inside the writable view. Only the thread of this vCPU runs this code, and it is not there now.
         unsafe { self.memory.writable().add(site).cast::<i32>().write_unaligned(rel) };
@@ -101,7 +120,7 @@ impl CodeBuffer {
     /// Has a jump to another page lead to `target` as long as translations of code are of `generation` and it is done in
     /// the page at `page`. `data` is where it keeps these two, and the place of its displacement.
     pub fn patch_cross(&mut self, data: usize, generation: u64, page: u64, target: usize) {
-        debug_assert!(data + 24 <= self.used);
+        debug_assert!(data + 24 <= self.limit);
         // SAFETY: inside the writable view; as for `patch`.
         let site = unsafe {
             let words = self.memory.writable().add(data).cast::<u64>();
@@ -122,5 +141,6 @@ impl CodeBuffer {
     /// Forgets all translations.
     pub fn clear(&mut self) {
         self.used = self.first;
+        self.used_apart = self.middle();
     }
 }

@@ -42,6 +42,8 @@ pub struct Emitter {
     pub code: Vec<u8>,
     /// Where the first byte will run.
     pub address: u64,
+    /// Where the part begins that is put elsewhere, and where it will run.
+    apart: Option<(usize, u64)>,
     labels: Vec<u32>,
     /// Places of 32-bit displacements, and the labels they lead to.
     jumps: Vec<(usize, Label)>,
@@ -55,6 +57,28 @@ impl Emitter {
         self.labels.clear();
         self.jumps.clear();
         self.address = address;
+        self.apart = None;
+    }
+
+    /// What follows will run at another address.
+    pub fn go_apart(&mut self, address: u64) {
+        self.apart = Some((self.code.len(), address));
+    }
+
+    pub fn is_apart(&self) -> bool {
+        self.apart.is_some()
+    }
+
+    /// What runs at the first address, and what apart from it.
+    pub fn parts(&self) -> (&[u8], &[u8]) {
+        self.code.split_at(self.apart.map_or(self.code.len(), |(at, _)| at))
+    }
+
+    fn address_of(&self, at: usize) -> u64 {
+        match self.apart {
+            Some((apart, address)) if at >= apart => address.wrapping_add((at - apart) as u64),
+            _ => self.address.wrapping_add(at as u64),
+        }
     }
 
     pub fn here(&self) -> usize {
@@ -91,7 +115,8 @@ impl Emitter {
         for (at, label) in std::mem::take(&mut self.jumps) {
             let target = self.labels[label.0];
             debug_assert_ne!(target, UNBOUND);
-            let rel = target as i32 - (at as i32 + 4);
+            let next = self.address_of(at).wrapping_add(4);
+            let rel = self.address_of(target as usize).wrapping_sub(next) as i32;
             self.code[at..at + 4].copy_from_slice(&rel.to_le_bytes());
         }
     }
@@ -119,7 +144,7 @@ impl Emitter {
     }
 
     fn relative(&mut self, target: u64) {
-        let next = self.address.wrapping_add(self.code.len() as u64 + 4);
+        let next = self.address_of(self.code.len()).wrapping_add(4);
         self.raw(&(target.wrapping_sub(next) as i32).to_le_bytes());
     }
 

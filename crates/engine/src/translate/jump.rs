@@ -45,7 +45,7 @@ impl Work<'_> {
         }
         let from = self.e().label();
         self.e().jmp(from);
-        let site = self.at + self.e().here() - 4;
+        let site = self.place() - 4;
         self.t.outlines.push(Outline::Link { from, to: to as i32, site });
     }
 
@@ -66,7 +66,7 @@ impl Work<'_> {
         e.group1(true, 0, T0, to & !0xfff);
         e.store(T0, PAGE);
         e.jmp(missed);
-        let site = self.at + self.e().here() - 4;
+        let site = self.place() - 4;
         self.t.outlines.push(Outline::Across { data, page, missed, to, site });
     }
 
@@ -165,7 +165,7 @@ impl Work<'_> {
         if direct {
             let from = self.e().label();
             self.e().jcc(condition, from);
-            let site = self.at + self.e().here() - 4;
+            let site = self.place() - 4;
             self.t.outlines.push(Outline::Link { from, to: taken as i32, site });
             self.go(next, self.start + insn.ip() as i64);
         } else {

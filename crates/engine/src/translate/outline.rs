@@ -265,7 +265,8 @@ impl Work<'_> {
                 }
                 Outline::Across { data, page, missed, to, site } => {
                     // No generation is 0.
-                    let at = self.at + e.here();
+                    let at = self.place();
+                    let e = &mut self.t.emitter;
                     e.bind(data);
                     e.raw(&[0; 8]);
                     e.bind(page);

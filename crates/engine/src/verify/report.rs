@@ -99,12 +99,11 @@ impl Cpu {
             let _ = write!(text, "\nThe guest's instructions:");
             text += &listing(&bytes, self.rip & !PAGE_MASK | gpa & PAGE_MASK, count.into());
         }
-        // SAFETY: as above; a translation is followed by the way out of it.
-        unsafe {
-            let first = &*made.parts[0];
-            let code = self.cache.code.address(first.entry as usize);
-            let bytes = std::slice::from_raw_parts(code, first.dead.saturating_sub(first.entry) as usize);
-            let _ = write!(text, "\nTheir translation:");
+        let _ = write!(text, "\nTheir translation:");
+        for (at, length) in made.code {
+            let code = self.cache.code.address(at);
+            // SAFETY: in the executable view of the buffer, which it was put into.
+            let bytes = unsafe { std::slice::from_raw_parts(code, length) };
             text += &listing(bytes, code as u64, usize::MAX);
         }
         text
