@@ -75,7 +75,7 @@ table! { $
         steal_time_register, flush_while_halted,
     }
     io {
-        port_sizes, string_ports, mmio_sizes, mmio_operands,
+        port_sizes, string_ports, mmio_sizes, mmio_operands, string_between_floats,
     }
     interrupts {
         self_ipi, priorities, in_service, task_priority, shadow_of_sti, nmi, message_signalled, level_triggered,
@@ -99,8 +99,8 @@ table! { $
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
-        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd, string_instructions,
-        descriptor_tables, absolute_addresses, long_strings,
+        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd,
+        string_instructions, descriptor_tables, absolute_addresses, long_strings,
     }
     protected {
         exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, pae_paging, rings_and_sysenter,

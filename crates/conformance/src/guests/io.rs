@@ -136,6 +136,42 @@ guest! {
 }
 
 guest! {
+    /// A string instruction reads a device between floating-point instructions: those go on as before, with x87 registers
+    /// and with the rounding of MXCSR.
+    io string_between_floats, Long,
+    Reports(&[0x4140_0000, 36, 0xbeb7_b0a9, 0]),
+    r#"
+        mov dword ptr [0x20000], 0x5f80 // towards plus infinity
+        mov dword ptr [0x20004], 0x40100000 // 2.25
+        ldmxcsr [0x20000]
+        fninit
+        cld
+        fldz
+        xor ebx, ebx
+        mov ebp, 12
+    22: fld1
+        movss xmm0, [0x20004]
+        mov esi, 0xc0000018
+        mov edi, 0x21000
+        mov ecx, 4
+        rep movsb
+        faddp
+        cvtss2si eax, xmm0
+        add ebx, eax
+        dec ebp
+        jnz 22b
+        fstp dword ptr [0x2000c]
+        REPORT dword ptr [0x2000c]
+        REPORT ebx
+        REPORT dword ptr [0x21000]
+        fnstsw ax
+        and eax, 0x3841
+        REPORT eax
+        DONE
+    "#
+}
+
+guest! {
     /// MMIO as an operand of other instructions: read-modify-write, compare, strings, exchange, stack, SSE.
     io mmio_operands, Long,
     Reports(&[

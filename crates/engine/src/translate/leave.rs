@@ -268,12 +268,14 @@ pub unsafe extern "C" fn interpret(cpu: *mut Cpu, site: u64) -> u64 {
     }
 }
 
-/// The same where translated code relies on the vectors being where they were.
+/// The same where translated code relies on vectors and x87 state being where they were: a device takes them out.
 pub unsafe extern "C" fn careful(cpu: *mut Cpu, site: u64) -> u64 {
     // SAFETY: as in `slow`.
     unsafe {
-        let done = interpret(cpu, site);
-        (*cpu).keep_vectors();
+        let (cpu, site) = (&mut *cpu, Site::unpack(site));
+        cpu.at_block(site.block);
+        let done = cpu.run_alone(site);
+        cpu.keep_vectors();
         done
     }
 }
