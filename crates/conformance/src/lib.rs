@@ -78,7 +78,7 @@ table! { $
         port_sizes, string_ports, mmio_sizes, mmio_operands, string_between_floats,
     }
     interrupts {
-        self_ipi, priorities, in_service, task_priority, shadow_of_sti, nmi, message_signalled, level_triggered,
+        self_ipi, priorities, in_service, task_priority, shadow_of_sti, sti_before_floats, nmi, message_signalled, level_triggered,
         halt_and_wake, x2apic,
     }
     timers {

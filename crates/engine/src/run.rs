@@ -61,7 +61,8 @@ impl Cpu {
     fn run_blocks(&mut self) -> Ctl {
         loop {
             // STI and MOV SS hold interrupts off for one instruction: it runs alone if one waits.
-            let alone = std::mem::take(&mut self.shadow) && self.signal.pending() != 0;
+            let held_off = std::mem::take(&mut self.shadow);
+            let alone = held_off && self.signal.pending() != 0;
             if alone {
                 self.mode |= mode::SINGLE;
                 self.forget_next();
@@ -100,6 +101,7 @@ impl Cpu {
             }
             let stepping = single && self.rflags & rflags::TF != 0;
             let resumed = self.rflags & rflags::RF != 0;
+            let start = self.rip;
             self.transferred = false;
             self.block = block;
             self.regs.gpr[slot::BLOCK] = self.rip;
@@ -128,6 +130,9 @@ impl Cpu {
             }
             if alone {
                 self.refresh();
+            } else if held_off && ctl == Ctl::Next && self.rip == start {
+                // A translation may leave before its first instruction.
+                self.shadow = true;
             }
             match ctl {
                 Ctl::Next => {}

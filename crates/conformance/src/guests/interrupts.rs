@@ -54,6 +54,46 @@ guest! {
 }
 
 guest! {
+    /// Whenever an interrupt comes, STI holds it off until the next instruction is done, also one that is not for the
+    /// processor's quick ways: x87 with an unmasked exception.
+    interrupts sti_before_floats, Long, Reports(&[0, 0x77]),
+    r#"
+        mov r11d, 0xfee00000
+        HANDLER 0x40, 24f
+        mov dword ptr [0x20000], 0x37e
+        fninit
+        fldcw [0x20000]
+        fld1
+        mov dword ptr [r11 + 0xf0], 0x1ff
+        mov dword ptr [r11 + 0x3e0], 0xb
+        mov dword ptr [r11 + 0x320], 0x20040 // periodic
+        lea rbp, [rip + 23f]
+        xor ebx, ebx
+        xor edx, edx
+        mov dword ptr [r11 + 0x380], 20000
+    22: cli
+        sti
+    23: fstp st(0)
+        fld1
+        cmp ebx, 3000
+        jb 22b
+        cli
+        mov dword ptr [r11 + 0x380], 0
+        REPORT edx
+        REPORT 0x77
+        DONE
+    24: add rsp, 8
+        inc ebx
+        cmp [rsp], rbp
+        jne 25f
+        inc edx
+    25: EOI
+        iretq
+    "#,
+    emulator_errs: LATE
+}
+
+guest! {
     /// The highest vector first, not the first sent; two of one vector are one.
     interrupts priorities, Long, Reports(&[0x51, 0x41, 0x31, 0x77, 0]),
     r#"

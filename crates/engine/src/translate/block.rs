@@ -2,7 +2,9 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory};
+use iced_x86::{
+    CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+};
 
 use super::{
     State,
@@ -58,8 +60,8 @@ pub(super) struct Work<'a> {
     pub(super) follower: Option<i64>,
     /// The instruction's store may be scattered.
     pub(super) scatters: bool,
-    /// The instruction is the last of its part.
-    pub(super) ends: bool,
+    /// The instruction is followed by one in its part that is run before the run loop looks at anything.
+    pub(super) followed: bool,
     /// Where the first part begins, and whether the translation may be a loop.
     pub(super) entry: i64,
     pub(super) may_loop: bool,
@@ -241,7 +243,7 @@ impl Cpu {
             first: 0,
             follower: None,
             scatters: false,
-            ends: false,
+            followed: false,
             entry: parts[0].start,
             may_loop: count <= LONGEST_LOOP,
             places,
@@ -305,6 +307,16 @@ impl Cpu {
         c.nanoseconds += started.elapsed().as_nanos() as u64;
         true
     }
+}
+
+/// Whether an instruction may want x87 state or vectors, which may be for the interpreter to bring.
+fn computes_floats(insn: &Instruction) -> bool {
+    use CpuidFeature as F;
+    insn.encoding() != EncodingKind::Legacy
+        || insn.cpuid_features().iter().any(|feature| {
+            matches!(feature, F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3)
+                || matches!(feature, F::SSE4_1 | F::SSE4_2 | F::SSE4A | F::AES | F::PCLMULQDQ | F::SHA | F::GFNI)
+        })
 }
 
 /// Whether two ops stand for the same instruction; one that does the jump behind it too differs where that is.
@@ -410,7 +422,7 @@ impl Work<'_> {
             let fused = index >= ops.len();
             let op = &ops[index.min(ops.len() - 1)];
             let last = index + 1 == ops.len() && ops.len() < instructions.len();
-            self.ends = index + 1 == instructions.len();
+            self.followed = instructions.get(index + 1).is_some_and(|next| !computes_floats(next));
             let flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
             if flow != Flow::On {
                 return flow;

@@ -38,8 +38,12 @@ impl Work<'_> {
                 self.selector(op, insn.code() == Code::Mov_rm16_Sreg);
             }
             Code::Cli => self.by_kernel(index, |work, _| work.e().group1_mem(false, 4, RFLAGS, !(rflags::IF as i32))),
-            // No interrupt is taken before the next instruction is done: it is in the same translation.
-            Code::Sti if !self.ends => self.by_kernel(index, Self::enable_interrupts),
+            // No interrupt is taken before the next instruction is done: it is in the same translation, and does not leave
+            // it before. A span would where it crosses pages.
+            Code::Sti if self.followed => {
+                self.no_span_for(index + 1);
+                self.by_kernel(index, Self::enable_interrupts);
+            }
             Code::Swapgs => self.by_kernel(index, |work, _| {
                 let (own, linear) = bases(sreg::GS);
                 let e = work.e();

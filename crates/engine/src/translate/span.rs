@@ -141,6 +141,13 @@ impl Work<'_> {
         }
     }
 
+    /// The access of this instruction of the part is part of no span.
+    pub fn no_span_for(&mut self, index: usize) {
+        if let Some(member) = self.plan.members.get_mut(self.first + index) {
+            *member = None;
+        }
+    }
+
     /// T1 is about to be used for something else.
     pub fn drop_held(&mut self) {
         self.plan.held = Held::Nothing;
