@@ -302,6 +302,8 @@ impl Cpu {
     /// # Safety
     /// The block is alive.
     pub unsafe fn translate_anew(&mut self, block: *mut Block) {
+        // A window of the old one may be all that tells that this vCPU wrote to a page.
+        self.see_letters();
         // SAFETY: the caller's word.
         unsafe {
             let old = (*block).entry;
