@@ -78,8 +78,8 @@ table! { $
         port_sizes, string_ports, mmio_sizes, mmio_operands, string_between_floats,
     }
     interrupts {
-        self_ipi, priorities, in_service, task_priority, shadow_of_sti, sti_before_floats, nmi, message_signalled, level_triggered,
-        halt_and_wake, x2apic,
+        self_ipi, priorities, in_service, task_priority, shadow_of_sti, sti_before_floats, nmi, message_signalled,
+        level_triggered, halt_and_wake, x2apic,
     }
     timers {
         one_shot, periodic, tsc_deadline, counts_down,
@@ -99,7 +99,7 @@ table! { $
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
-        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, cmpxchg_and_xadd,
+        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, masked_stores, cmpxchg_and_xadd,
         string_instructions, descriptor_tables, absolute_addresses, long_strings,
     }
     protected {

@@ -11,6 +11,7 @@ const FSGSBASE: (u32, u32, usize, u32) = (7, 0, 1, 0);
 const CX16: (u32, u32, usize, u32) = (1, 0, 2, 13);
 const XSAVE: (u32, u32, usize, u32) = (1, 0, 2, 26);
 const AVX: (u32, u32, usize, u32) = (1, 0, 2, 28);
+const AVX2: (u32, u32, usize, u32) = (7, 0, 1, 5);
 const RDTSCP: (u32, u32, usize, u32) = (0x8000_0001, 0, 3, 27);
 
 /// The leaves that `identification` reports, in its order.
@@ -444,6 +445,61 @@ guest! {
         DONE
     "#,
     needs: &[XSAVE, AVX],
+}
+
+guest! {
+    /// Stores by a mask leave all else as it was, also where they cross into a page that lies elsewhere.
+    cpu masked_stores, Long,
+    Reports(&[0x1111, 2, 0x1111, 2, 2, 0x1111, 2, 0x1111, 2, 2, 0x1111, 2, 0x1111, 2, 2, 0x1111, 2, 0x1111, 2, 2]),
+    r#"
+        mov rax, cr4
+        bts rax, 18
+        mov cr4, rax
+        xor ecx, ecx
+        xor edx, edx
+        mov eax, 7
+        xsetbv
+        mov qword ptr [0x6000 + 8 * 0x90], 0x85003
+        invlpg [0x90000]
+        mov ebx, 0x90000
+        xor edi, edi
+        // elements 0 and 4, or 0 and 2 of twice the size
+        vpcmpeqd xmm0, xmm0, xmm0
+        vpsrldq xmm1, xmm0, 12
+        vinsertf128 ymm1, ymm1, xmm1, 1
+        vpsrldq xmm2, xmm0, 8
+        vinsertf128 ymm2, ymm2, xmm2, 1
+        mov eax, 0x1111
+        vmovd xmm3, eax
+        vinsertf128 ymm3, ymm3, xmm3, 1
+        mov eax, 2
+        vmovd xmm4, eax
+        vpshufd xmm4, xmm4, 0
+        vinsertf128 ymm4, ymm4, xmm4, 1
+        vxorps ymm5, ymm5, ymm5
+        .macro MASKED instruction, mask
+            mov ecx, 30
+        22: vmovups [rbx + rdi - 20], ymm5 // what no store of a mask may bring back
+            vmovups [rbx - 16], xmm4
+            vmovups [rbx], xmm4
+            mov dword ptr [rbx - 20], 2
+            \instruction [rbx + rdi - 16], \mask, ymm3
+            dec ecx
+            jnz 22b
+            REPORT dword ptr [rbx - 16]
+            REPORT dword ptr [rbx - 8]
+            REPORT dword ptr [rbx]
+            REPORT dword ptr [rbx + 8]
+            REPORT dword ptr [rbx + 12]
+        .endm
+        MASKED vmaskmovps, ymm1
+        MASKED vmaskmovpd, ymm2
+        MASKED vpmaskmovd, ymm1
+        MASKED vpmaskmovq, ymm2
+        .purgem MASKED
+        DONE
+    "#,
+    needs: &[XSAVE, AVX, AVX2],
 }
 
 guest! {
