@@ -103,7 +103,7 @@ table! { $
         string_instructions, descriptor_tables, absolute_addresses, long_strings,
     }
     protected {
-        exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, pae_paging, rings_and_sysenter,
-        virtual_8086,
+        exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, invlpg_around, pae_paging,
+        rings_and_sysenter, virtual_8086,
     }
 }

@@ -277,6 +277,54 @@ protected_guest! {
 }
 
 protected_guest! {
+    /// INVLPG by a segment whose base takes the address around 4 GiB.
+    invlpg_around, &[0x1111, 0x2222, 0x77],
+    r#"
+        mov dword ptr [0x70000], 0x83
+        mov dword ptr [0x70000 + 4 * 2], 0x60007
+        mov dword ptr [0x60000], 0x90003
+        mov dword ptr [0x90000], 0x1111
+        mov dword ptr [0x91000], 0x2222
+        // a copy of the GDT with one more descriptor: all of memory from 0xfff00000 on
+        sgdt [0x20000]
+        movzx ecx, word ptr [0x20000]
+        inc ecx
+        mov esi, [0x20002]
+        mov edi, 0x21000
+        lea ebx, [ecx]
+        cld
+        rep movsb
+        mov dword ptr [edi], 0x0000ffff
+        mov dword ptr [edi + 4], 0xffcf93f0
+        mov dword ptr [0x20002], 0x21000
+        add word ptr [0x20000], 8
+        lgdt [0x20000]
+        mov es, bx
+        mov eax, cr4
+        or eax, 0x10
+        mov cr4, eax
+        mov eax, 0x70000
+        mov cr3, eax
+        mov eax, cr0
+        or eax, 0x80010000
+        mov cr0, eax
+        jmp 22f
+    22: mov ebx, 0x800000
+        REPORTX [ebx]
+        mov dword ptr [0x60000], 0x91003
+        invlpg es:[ebx + 0x100000]
+        REPORTX [ebx]
+        mov eax, cr0
+        btr eax, 31
+        mov cr0, eax
+        jmp 23f
+    23: REPORTX 0x77
+        DONE
+    "#,
+    emulator_errs: Some("has 64-bit paging only"),
+}
+
+protected_guest! {
     /// PAE: page-directory pointers are loaded with CR3; 2 MiB and 4 KiB pages; NX.
     pae_paging, &[0x1111, 0x2222, 0x90063, 14, 0x11, 0, 0x4020_0000, 0x3333, 0x77],
     r#"

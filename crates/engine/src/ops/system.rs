@@ -254,6 +254,7 @@ fn invlpg(cpu: &mut Cpu, op: &Uop) -> Run<After> {
     cpu.require_ring0()?;
     let offset = cpu.offset_of(op) & Cpu::address_mask(op);
     let at = offset.wrapping_add(cpu.seg_base[op.seg as usize]);
+    let at = if cpu.code64() { at } else { at & 0xffff_ffff };
     cpu.see_letters();
     cpu.tlb.flush_page(at);
     Ok(After::Leave)
