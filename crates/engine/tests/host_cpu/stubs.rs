@@ -204,6 +204,8 @@ fn address_mask(insn: &Instruction) -> u64 {
     match registers.map(Register::size).next() {
         Some(4) => 0xffff_ffff,
         Some(2) => 0xffff,
+        // Without registers the displacement tells: four bytes with an address-size prefix, eight without.
+        None if insn.memory_displ_size() == 4 => 0xffff_ffff,
         _ => u64::MAX,
     }
 }
