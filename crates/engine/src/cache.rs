@@ -225,22 +225,36 @@ impl BlockCache {
     /// run next, as well as they were. No pointer to a block may be used after this.
     pub fn collect(&mut self) {
         let paths = std::mem::take(&mut self.paths);
+        let moved = self.keep_translated();
+        self.collections += 1;
+        for (head, path) in paths {
+            let Some(head) = moved.get(&head) else { continue };
+            let path: Vec<_> = path.iter().map_while(|part| moved.get(&(*part as u64)).copied()).collect();
+            if !path.is_empty() {
+                self.paths.insert(*head as u64, path);
+            }
+        }
+        self.widen();
+        // Where most of it is of use there would be no room again too soon.
+        if self.used > self.limit / 4 * 3 {
+            self.clear();
+        }
+    }
+
+    /// Drops all blocks but those that are translated. Says where these are now.
+    fn keep_translated(&mut self) -> Map<*const Block> {
         let (blocks, used) = (self.block_count, self.used);
         self.clear();
-        self.collections += 1;
         let leave = self.code.thunks.leave_block as *const u8;
-        let mut moved: Map<*const Block> = Map::default();
+        let mut moved = Map::default();
         for i in 0..blocks {
             let from = self.block_at(i);
             // SAFETY: blocks and ops below the old counts were written, in this order, and are only overwritten from
             // their start: behind what is read still.
             unsafe {
-                let first = (*from).ops.offset_from_unsigned(self.ops.as_ptr().cast::<Uop>());
-                let end = if i + 1 < blocks {
-                    (*self.block_at(i + 1)).ops.offset_from_unsigned(self.ops.as_ptr().cast::<Uop>())
-                } else {
-                    used
-                };
+                let first = self.index_of((*from).ops);
+                let next = (i + 1 < blocks).then(|| (*self.block_at(i + 1)).ops);
+                let end = next.map_or(used, |ops| self.index_of(ops));
                 if !(*from).valid || (*from).entry == 0 {
                     continue;
                 }
@@ -254,26 +268,27 @@ impl BlockCache {
                 ((*to).entry, (*to).dead, (*to).code) = (0, 0, leave);
                 ((*to).runs_left, (*to).checked, (*to).links) = (1, 0, [ptr::null(); 2]);
                 self.list(to);
-                moved.insert(from as u64, to);
+                moved.insert(from as u64, to.cast_const());
             }
         }
-        for (head, path) in paths {
-            let Some(head) = moved.get(&head) else { continue };
-            let path: Vec<_> = path.iter().map_while(|part| moved.get(&(*part as u64)).copied()).collect();
-            if !path.is_empty() {
-                self.paths.insert(*head as u64, path);
-            }
-        }
+        moved
+    }
+
+    /// # Safety
+    /// The ops are some of this cache.
+    unsafe fn index_of(&self, ops: *const Uop) -> usize {
+        // SAFETY: the caller's word.
+        unsafe { ops.offset_from_unsigned(self.ops.as_ptr().cast::<Uop>()) }
+    }
+
+    /// After a collection: more room, if it was filled soon and much of it is of use.
+    fn widen(&mut self) {
         let soon = self.collected.replace(Instant::now()).is_some_and(|last| last.elapsed() < SOON);
         if soon && self.used > self.limit / 4 {
             self.limit = (self.limit * 2).min(self.ops.len());
         }
         if soon && self.used * BYTES_OF_ONE > self.code.limit() / 2 {
             self.code.widen();
-        }
-        // Where most of it is of use there would be no room again too soon.
-        if self.used > self.limit / 4 * 3 {
-            self.clear();
         }
     }
 
@@ -396,16 +411,4 @@ impl BlockCache {
 unsafe impl Send for BlockCache {}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn changes_are_forgotten() {
-        let last = Instant::now();
-        let changes = Changes { count: 40, last };
-        assert_eq!(changes.lately(last), 40);
-        assert_eq!(changes.lately(last + HALF_LIFE), 20);
-        assert_eq!(changes.lately(last + HALF_LIFE * 10), 0);
-        assert_eq!(changes.lately(last + Duration::from_secs(1 << 40)), 0);
-    }
-}
+mod tests;

@@ -343,14 +343,12 @@ impl Cpu {
         }
         self.seg_base[6] = 0;
         self.select_sets();
-        self.look_at_calls();
     }
 
     /// Points `data` and `system_data` at the right TLB sets.
     pub fn select_sets(&mut self) {
         let ac = self.rflags & rflags::AC != 0 && self.cr4 & cr4::SMAP != 0;
         self.system_data = &raw mut self.tlb.kernel.data;
-        self.translated.kernel_code = &raw const self.tlb.kernel.code as u64;
         let space = self.tlb.space();
         self.translated.user_pages = &raw const space.supervisor_ac as u64;
         self.translated.user_data = &raw const space.user as u64;

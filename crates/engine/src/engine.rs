@@ -210,6 +210,7 @@ impl Engine for SoftEngine {
         cpu.translated.cpu = &raw const *cpu as u64;
         cpu.translated.requests = cpu.signal.word();
         cpu.translated.interrupts = cpu.apic.word();
+        cpu.translated.kernel_code = &raw const cpu.tlb.kernel.code as u64;
         cpu.restore(&CpuState::reset())?;
         cpu.wait_for_sipi = config.id != 0;
         Ok(Box::new(SoftVcpu { cpu: RefCell::new(cpu) }))

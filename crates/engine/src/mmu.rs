@@ -177,26 +177,6 @@ impl Cpu {
         Some((self.known(linear, write, system)?, self.known(second, write, system)?))
     }
 
-    /// Copies what is at an address from which an access crosses pages, if the TLB has both.
-    pub fn gather(&self, linear: u64, out: &mut [u8]) -> bool {
-        let Some((a, b)) = self.known_pair(linear, out.len() as u64, false, false) else { return false };
-        let (head, tail) = out.split_at_mut((0x1000 - (linear & PAGE_MASK)) as usize);
-        // SAFETY: the end of a page of guest RAM, and the start of one.
-        unsafe {
-            copy_out(a.host, head);
-            copy_out(b.host, tail);
-        }
-        true
-    }
-
-    /// The parts of an access that crosses pages: where they are on the host, and their bytes; if both may be written.
-    pub fn writable_pair(&self, linear: u64, bytes: u64) -> Option<[[u64; 2]; 2]> {
-        let (a, b) = self.known_pair(linear, bytes, true, false)?;
-        let here = 0x1000 - (linear & PAGE_MASK);
-        let plain = a.gpa.is_none() && b.gpa.is_none();
-        plain.then_some([[a.host as u64, here], [b.host as u64, bytes - here]])
-    }
-
     /// Reads up to 64 bytes at a linear address, across pages and from devices.
     pub fn read_bytes(&mut self, linear: u64, out: &mut [u8], system: bool) -> Run {
         if !out.is_empty() && crosses(linear, out.len() as u64) {

@@ -122,6 +122,7 @@ impl Cpu {
         self.wait_for_sipi = events.wait_for_sipi;
         self.tlb.switch(if self.cr4 & crate::cpu::cr4::PCIDE != 0 { (self.cr3 & 0xfff) as u16 } else { 0 }, false);
         self.refresh();
+        self.look_at_calls();
         if let Some(vector) = events.exception {
             self.fault = crate::fault::Fault { vector, error: events.error_code, address: self.cr2 };
             self.deliver_fault();

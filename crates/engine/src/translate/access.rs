@@ -7,7 +7,7 @@ use super::{
     block::Work,
     emit::{Label, Mem, T0, T1, cc},
     outline::{Form, Outline},
-    thunks::PAGE,
+    thunks::{DATA, PAGE},
     window::Window,
 };
 use crate::{
@@ -18,7 +18,6 @@ use crate::{
 };
 
 const SEG_BASE: usize = offset_of!(Cpu, seg_base);
-const DATA: Mem = Mem::State(offset_of!(Cpu, data));
 const READ_TABLE: i32 = offset_of!(DataSet, read) as i32;
 const WRITE_TABLE: i32 = offset_of!(DataSet, write) as i32;
 const HOST_FIELD: i32 = offset_of!(Entry, host) as i32;

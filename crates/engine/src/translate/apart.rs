@@ -4,32 +4,16 @@ use std::mem::offset_of;
 
 use super::{
     State,
-    emit::{Emitter, Label, Mem, RDI, RSI, RSP, T0, T1, cc},
+    emit::{Mem, RDI, RSI, RSP, T0, T1, cc},
     leave::Site,
-    thunks::{Maker, state},
+    thunks::{Maker, look_up, state},
 };
-use crate::{
-    cpu::Cpu,
-    tlb::{DataSet, ENTRIES, ENTRY_SHIFT, Entry},
-};
+use crate::{cpu::Cpu, tlb::DataSet};
 
 const RCX: u8 = 1;
 const RDX: u8 = 2;
 const RBX: u8 = 3;
 const RBP: u8 = 5;
-
-/// `to` becomes the host's address of the linear one in `linear`, if the table has its page. Uses RBX and flags.
-fn look_up(e: &mut Emitter, linear: u8, to: u8, table: usize, missed: Label) {
-    e.mov32(RBX, linear);
-    e.shift(false, 5, RBX, 12 - ENTRY_SHIFT);
-    e.group1(false, 4, RBX, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
-    e.rm(true, &[0x03], RBX, Mem::State(offset_of!(Cpu, data)));
-    e.mov(to, linear);
-    e.rm(true, &[0x33], to, Mem::Base(RBX, (table + offset_of!(Entry, tag)) as i32));
-    e.group1(true, 7, to, 0xfff);
-    e.jcc(cc::A, missed);
-    e.rm(true, &[0x03], to, Mem::Base(RBX, (table + offset_of!(Entry, host)) as i32));
-}
 
 impl Maker {
     /// To `to`: where [`State::gathered`] is.
@@ -63,8 +47,8 @@ impl Maker {
         // BT R15, write
         e.raw(&[0x49, 0x0f, 0xba, 0xe7, Site::WRITE_AT]);
         e.jcc(cc::B, writes);
-        look_up(e, T0, RSI, offset_of!(DataSet, read), other);
-        look_up(e, RBP, RBP, offset_of!(DataSet, read), other);
+        look_up(e, T0, RSI, RBX, offset_of!(DataSet, read), other);
+        look_up(e, RBP, RBP, RBX, offset_of!(DataSet, read), other);
         self.gathered(RDI);
         let e = &mut self.e;
         e.mov(T0, RDI);
@@ -82,8 +66,8 @@ impl Maker {
         // BT R15, scatters
         e.raw(&[0x49, 0x0f, 0xba, 0xe7, Site::SCATTERS_AT]);
         e.jcc(cc::AE, other);
-        look_up(e, T0, RSI, offset_of!(DataSet, write), other);
-        look_up(e, RBP, RBP, offset_of!(DataSet, write), other);
+        look_up(e, T0, RSI, RBX, offset_of!(DataSet, write), other);
+        look_up(e, RBP, RBP, RBX, offset_of!(DataSet, write), other);
         for (i, (host, bytes)) in [(RSI, RCX), (RBP, RDX)].into_iter().enumerate() {
             let part = offset_of!(State, scattered) + i * 16;
             e.store(host, state(part));

@@ -9,15 +9,13 @@ use super::{
     block::Work,
     emit::{Mem, T0, T1, cc},
     outline::Outline,
-    thunks::{FLAGS, PAGE, state},
+    thunks::{CPL, DATA, FLAGS, PAGE, RFLAGS, state},
 };
 use crate::{
     cpu::{Cpu, Msrs, Segment, mode, rflags, sreg},
     tlb::CodeSet,
 };
 
-const RFLAGS: Mem = Mem::State(offset_of!(Cpu, rflags));
-const CPL: Mem = Mem::State(offset_of!(Cpu, cpl));
 const MODE: Mem = Mem::State(offset_of!(Cpu, mode));
 const LSTAR: Mem = Mem::State(offset_of!(Cpu, msr) + offset_of!(Msrs, lstar));
 const RCX: u8 = 1;
@@ -81,11 +79,8 @@ impl Work<'_> {
             e.compare_canonical();
             e.jcc(cc::NE, odd);
             // IF may become 1.
-            for word in [offset_of!(State, requests), offset_of!(State, interrupts)] {
-                e.load(T0, state(word));
-                e.group1_mem(false, 7, Mem::Base(T0, 0), 0);
-                e.jcc(cc::NE, odd);
-            }
+            self.unless_something_waits(odd);
+            let e = self.e();
             // As `regs::pack`.
             e.mov32(T0, R11);
             e.group1(false, 4, T0, STATUS);
@@ -131,7 +126,7 @@ impl Work<'_> {
         let data =
             if cpl == 3 { state(offset_of!(State, user_data)) } else { Mem::State(offset_of!(Cpu, system_data)) };
         e.load(T0, data);
-        e.store(T0, Mem::State(offset_of!(Cpu, data)));
+        e.store(T0, DATA);
         e.store(T0, state(offset_of!(State, window_set)));
         e.load(T0, state(code));
         e.store(T0, Mem::State(offset_of!(Cpu, code)));

@@ -87,22 +87,6 @@ impl Cpu {
         }
     }
 
-    /// What an access that crosses pages reads, in one piece of [`State::gathered`].
-    fn gather_here(&mut self, linear: u64, bytes: u64) -> bool {
-        let mut gathered = [0; 32];
-        let found = self.gather(linear, &mut gathered[..bytes as usize]);
-        self.translated.gathered = Gathered(gathered);
-        found
-    }
-
-    /// Where an access that crosses pages is to write, if the TLB has both pages and neither has code.
-    fn scatter_here(&mut self, linear: u64, bytes: u64) -> bool {
-        let Some(parts) = self.writable_pair(linear, bytes) else { return false };
-        self.translated.scattered = parts;
-        self.translated.scatters = true;
-        true
-    }
-
     /// Instructions of the running block that were counted but did not run.
     pub fn uncount(&mut self, instructions: u64) {
         if !self.translated.running || self.translated.counts {
@@ -196,16 +180,10 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
         cpu.at_block(site.block);
         let news = cpu.translated.news;
         cpu.look_at_window(site);
-        let apart = crosses(linear, site.bytes)
-            && match site.write {
-                false => cpu.gather_here(linear, site.bytes),
-                true => site.scatters && cpu.scatter_here(linear, site.bytes),
-            };
-        let found = if apart { Ok(Some((&raw mut cpu.translated.gathered).cast())) } else { cpu.reach(linear, site) };
+        let found = cpu.reach(linear, site);
         let done = match found {
             // Looking it up brought news of code: the block ends here, and a loop with it.
             Ok(_) if cpu.translated.news != news => {
-                cpu.translated.scatters = false;
                 cpu.signal.note(request::CODE);
                 cpu.run_alone(site)
             }

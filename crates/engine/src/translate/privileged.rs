@@ -11,15 +11,13 @@ use super::{
     block::{Work, host_mask},
     emit::{Label, Mem, T0, T1, cc},
     outline::Outline,
-    thunks::{gpr, state},
+    thunks::{CPL, DATA, RFLAGS, gpr, state},
 };
 use crate::{
     cpu::{Cpu, Msrs, Segment, cr4, rflags, sreg},
     uop::Uop,
 };
 
-const RFLAGS: Mem = Mem::State(offset_of!(Cpu, rflags));
-const CPL: Mem = Mem::State(offset_of!(Cpu, cpl));
 const CR4: Mem = Mem::State(offset_of!(Cpu, cr4));
 const KERNEL_GS: Mem = Mem::State(offset_of!(Cpu, msr) + offset_of!(Msrs, kernel_gs_base));
 
@@ -118,15 +116,19 @@ impl Work<'_> {
         self.e().raw(&(bit as u32).to_le_bytes());
     }
 
-    /// STI where nothing waits, neither in the request word nor in the APIC.
     fn enable_interrupts(&mut self, odd: Label) {
+        self.unless_something_waits(odd);
+        self.e().group1_mem(false, 1, RFLAGS, rflags::IF as i32);
+    }
+
+    /// Goes to `odd` where something waits for interrupts to be on, in the request word or in the APIC. Uses T0.
+    pub(super) fn unless_something_waits(&mut self, odd: Label) {
         let e = self.e();
         for word in [offset_of!(State, requests), offset_of!(State, interrupts)] {
             e.load(T0, state(word));
             e.group1_mem(false, 7, Mem::Base(T0, 0), 0);
             e.jcc(cc::NE, odd);
         }
-        e.group1_mem(false, 1, RFLAGS, rflags::IF as i32);
     }
 
     /// STAC and CLAC, as `Cpu::select_sets` does it.
@@ -148,7 +150,7 @@ impl Work<'_> {
             e.load(T0, Mem::State(offset_of!(Cpu, system_data)));
             e.store(T0, window_set);
         }
-        e.store(T0, Mem::State(offset_of!(Cpu, data)));
+        e.store(T0, DATA);
     }
 
     /// MOV r, Sreg.

@@ -11,14 +11,13 @@ use super::{
     flags::Flags,
     outline::Outline,
     span::Reach,
-    thunks::{FLAGS, gpr, state},
+    thunks::{FLAGS, RFLAGS, gpr, state},
     vectors,
 };
 use crate::{cpu::Cpu, decode::is_nop, uop::Uop};
 
 const SCRATCH: Mem = state(offset_of!(State, scratch));
 const TARGET: Mem = state(offset_of!(State, target));
-const RFLAGS: Mem = Mem::State(offset_of!(Cpu, rflags));
 
 impl Work<'_> {
     pub(super) fn special(&mut self, insn: &Instruction, op: &Uop, index: usize) -> bool {

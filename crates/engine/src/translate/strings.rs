@@ -7,13 +7,13 @@ use iced_x86::{Code, Instruction};
 use super::{
     State,
     block::Work,
-    emit::{Mem, RDI, RSI, T0, T1, cc},
+    emit::{Emitter, Mem, RDI, RSI, RSP, T0, T1, cc},
     outline::Outline,
-    thunks::{Maker, state},
+    thunks::{Maker, RFLAGS, look_up, state},
 };
 use crate::{
-    cpu::{Cpu, rflags},
-    tlb::{DataSet, ENTRIES, ENTRY_SHIFT, Entry},
+    cpu::rflags,
+    tlb::DataSet,
     uop::{FLAT, Uop, address},
 };
 
@@ -66,29 +66,23 @@ impl Maker {
         let e = &mut self.e;
         let odd = e.label();
         saved.iter().for_each(|r| e.push(*r));
-        e.rm(false, &[0xf7], 0, Mem::State(offset_of!(Cpu, rflags)));
+        e.rm(false, &[0xf7], 0, RFLAGS);
         e.raw(&(rflags::DF as u32).to_le_bytes());
         e.jcc(cc::NE, odd);
         e.group1(true, 7, RCX, PAGE >> size);
         e.jcc(cc::A, odd);
-        let host_of = |e: &mut super::emit::Emitter, linear: u8, to: u8, table: usize| {
-            e.mov32(T1, linear);
-            e.shift(false, 5, T1, 12 - ENTRY_SHIFT);
-            e.group1(false, 4, T1, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
-            e.rm(true, &[0x03], T1, Mem::State(offset_of!(Cpu, data)));
-            // The offset in the page, if it is this one.
-            e.mov(to, linear);
-            e.rm(true, &[0x33], to, Mem::Base(T1, (table + offset_of!(Entry, tag)) as i32));
-            e.group1(true, 7, to, PAGE - 1);
-            e.jcc(cc::A, odd);
-            e.lea(T0, Mem::Indexed(to, RCX, scale, 0));
+        let reach = |e: &mut Emitter, linear: u8, to: u8, table: usize| {
+            // Up to the end of the page.
+            e.mov32(T0, linear);
+            e.group1(false, 4, T0, PAGE - 1);
+            e.lea(T0, Mem::Indexed(T0, RCX, scale, 0));
             e.group1(true, 7, T0, PAGE);
             e.jcc(cc::A, odd);
-            e.rm(true, &[0x03], to, Mem::Base(T1, (table + offset_of!(Entry, host)) as i32));
+            look_up(e, linear, to, T1, table, odd);
         };
-        host_of(e, RDI, RBX, offset_of!(DataSet, write));
+        reach(e, RDI, RBX, offset_of!(DataSet, write));
         if moves {
-            host_of(e, RSI, RDX, offset_of!(DataSet, read));
+            reach(e, RSI, RDX, offset_of!(DataSet, read));
         }
         // Where accesses are checked: the first byte and the last.
         let unchecked = e.label();
@@ -127,7 +121,7 @@ impl Maker {
         }
         saved.iter().rev().for_each(|r| e.pop(*r));
         // RSP is not 0: "not equal".
-        e.rr(true, &[0x85], super::emit::RSP, super::emit::RSP);
+        e.rr(true, &[0x85], RSP, RSP);
         e.ret();
         e.bind(odd);
         saved.iter().rev().for_each(|r| e.pop(*r));

@@ -31,6 +31,22 @@ pub const PAGE: Mem = state(offset_of!(State, page));
 pub const VECTORS: Mem = state(offset_of!(State, vectors));
 const LEFT: Mem = state(offset_of!(State, left));
 const RIP: Mem = Mem::State(offset_of!(Cpu, rip));
+pub const RFLAGS: Mem = Mem::State(offset_of!(Cpu, rflags));
+pub const CPL: Mem = Mem::State(offset_of!(Cpu, cpl));
+pub const DATA: Mem = Mem::State(offset_of!(Cpu, data));
+
+/// `to` becomes the host's address of the linear one in `linear`, if the table has its page. Uses `entry` and flags.
+pub fn look_up(e: &mut Emitter, linear: u8, to: u8, entry: u8, table: usize, missed: Label) {
+    e.mov32(entry, linear);
+    e.shift(false, 5, entry, 12 - ENTRY_SHIFT);
+    e.group1(false, 4, entry, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
+    e.rm(true, &[0x03], entry, DATA);
+    e.mov(to, linear);
+    e.rm(true, &[0x33], to, Mem::Base(entry, (table + offset_of!(Entry, tag)) as i32));
+    e.group1(true, 7, to, 0xfff);
+    e.jcc(cc::A, missed);
+    e.rm(true, &[0x03], to, Mem::Base(entry, (table + offset_of!(Entry, host)) as i32));
+}
 
 /// Addresses of what translations call and jump to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -211,7 +227,7 @@ impl Maker {
             (e.label(), e.label(), e.label(), e.label(), e.label(), e.label(), e.label());
         saved.iter().for_each(|r| e.push(*r));
         // What the TLB says.
-        e.load(RDX, Mem::State(offset_of!(Cpu, data)));
+        e.load(RDX, DATA);
         e.mov32(RCX, T0);
         e.shift(false, 5, RCX, 12 - ENTRY_SHIFT);
         e.group1(false, 4, RCX, ((ENTRIES - 1) << ENTRY_SHIFT) as i32);

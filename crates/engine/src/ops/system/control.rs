@@ -40,6 +40,7 @@ impl Cpu {
             self.tlb.flush_all();
         }
         self.refresh();
+        self.look_at_calls();
         Ok(())
     }
 
@@ -73,6 +74,7 @@ impl Cpu {
             self.tlb.flush_all();
         }
         self.refresh();
+        self.look_at_calls();
         Ok(())
     }
 

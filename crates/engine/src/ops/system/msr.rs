@@ -106,7 +106,9 @@ impl Cpu {
                 return self.msr_fault(result);
             }
         }
-        self.look_at_calls();
+        if matches!(index, STAR | SFMASK) {
+            self.look_at_calls();
+        }
         Ok(())
     }
 
@@ -127,6 +129,7 @@ impl Cpu {
             self.tlb.flush_all();
         }
         self.refresh();
+        self.look_at_calls();
         Ok(())
     }
 
