@@ -71,6 +71,8 @@ pub struct Block {
     /// [`crate::tlb::CodeSet::generation`] for which the second page is where the block wants it.
     pub checked: u64,
     pub gpa: u64,
+    /// Where its translation last started.
+    pub linear: u64,
     /// Where the second page was when the block was decoded, for an instruction that crosses pages.
     pub second_page: Option<u64>,
     /// [`crate::cpu::Cpu::mode`] that it was decoded for.
@@ -358,6 +360,7 @@ impl BlockCache {
             mode,
             valid: true,
             gpa,
+            linear: 0,
             second_page,
             links: [ptr::null(); 2],
         });

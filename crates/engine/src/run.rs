@@ -207,6 +207,12 @@ impl Cpu {
     /// The block is alive, translated, and where `rip` is.
     pub unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
         self.prepare_translation();
+        // SAFETY: the caller's word; this is the thread that owns the cache.
+        unsafe {
+            if self.tlb.code(self.cpl == 3).remember_code(self.rip, (*block).code) {
+                (*block.cast_mut()).linear = self.rip;
+            }
+        }
         let enter = self.cache.code.thunks.enter;
         self.translated.running = true;
         let entered = self.translated.counts.then(Instant::now);
@@ -264,7 +270,7 @@ impl Cpu {
         }
         // SAFETY: `code` points at a set of our own TLB; remembered blocks are alive.
         unsafe {
-            let block = (*self.code).jump(self.rip);
+            let block = (*self.code).place(self.rip);
             let usable = !block.is_null() && (*block).valid && (*block).entry != 0 && (*block).mode == self.mode;
             if !usable || !self.is_whole(block) {
                 return ptr::null();
@@ -306,9 +312,11 @@ impl Cpu {
         self.see_letters();
         // SAFETY: the caller's word.
         unsafe {
-            let old = (*block).entry;
+            let (old, code) = ((*block).entry, (*block).code);
             if old != 0 && (*block).valid && self.translate_block(block) {
                 self.cache.code.cut(old as usize, (*block).entry as usize);
+                let set = self.tlb.code((*block).mode & mode::USER != 0);
+                set.replace_code((*block).linear, code, (*block).code);
             }
         }
     }
@@ -357,7 +365,7 @@ impl Cpu {
         // SAFETY: `code` points at a set of our own TLB; remembered blocks live until the cache is cleared, which
         // forgets them.
         unsafe {
-            let block = (*self.code).jump(self.rip);
+            let block = (*self.code).place(self.rip);
             if block.is_null() || (*block).mode != self.mode || !(*block).valid || !self.is_whole(block) {
                 return ptr::null();
             }
@@ -374,7 +382,7 @@ impl Cpu {
         let came_from = self.block;
         let clears = self.cache.clears;
         let user = self.cpl == 3;
-        let mut block = self.tlb.code(user).jump(linear);
+        let mut block = self.tlb.code(user).place(linear);
         // SAFETY: remembered blocks live until the cache is cleared, which forgets them.
         if block.is_null() || unsafe { (*block).mode != self.mode || !(*block).valid || !self.is_whole(block) } {
             block = self.look_up(linear)?;

@@ -18,10 +18,11 @@ pub const JUMP_ENTRIES: usize = 32768;
 /// How jumps are spread: by the high bits of a product.
 pub const JUMP_FACTOR: u32 = 0x9e37_79b1;
 pub const JUMP_SHIFT: u32 = u32::BITS - JUMP_ENTRIES.ilog2();
+const PLACES: usize = 8192;
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
-/// No canonical address, and so never the target of a jump.
-const NO_JUMP: Jump = Jump { rip: 1 << 63 | 1, block: std::ptr::null() };
+/// Addresses that empty entries are for. A guest may jump there, so each is only used where it is not looked for.
+const NOWHERE: [u64; 2] = [1 << 63 | 1, 1 << 63 | 2];
 /// Address spaces (PCIDs) that are kept at a time.
 pub const SPACES: usize = 6;
 
@@ -278,24 +279,107 @@ struct CodeEntry {
 
 const NO_CODE: CodeEntry = CodeEntry { tag: INVALID, gpa: 0, global: false };
 
-/// A block that starts at a linear address.
+/// What starts at a linear address: a block, or the code that it was translated to.
 #[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Jump {
+pub struct Start<T> {
     pub rip: u64,
-    pub block: *const Block,
+    pub what: *const T,
 }
 
-/// Translations for instruction fetches, and the blocks that start at recent addresses.
+impl<T> Clone for Start<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Start<T> {}
+
+pub type Jump = Start<u8>;
+
+/// Where a linear address is looked for first in a table of `N`; the other place is next to it. Translated code computes
+/// the same (`Work::jump_to`).
+#[inline(always)]
+const fn start_index<const N: usize>(linear: u64) -> usize {
+    ((linear as u32).wrapping_mul(JUMP_FACTOR) >> (u32::BITS - N.ilog2())) as usize
+}
+
+/// What starts at recent addresses.
+#[repr(C)]
+pub struct Starts<T, const N: usize> {
+    entries: [Start<T>; N],
+    /// Which groups of entries are in use, and which have some of pages that are not global.
+    used: u64,
+    local: u64,
+}
+
+impl<T, const N: usize> Starts<T, N> {
+    /// Entries that one bit stands for.
+    const GROUP: usize = N / 64;
+
+    #[inline(always)]
+    fn find(&self, linear: u64) -> *const T {
+        let first = start_index::<N>(linear);
+        let at = if self.entries[first].rip == linear { first } else { first ^ 1 };
+        let start = &self.entries[at];
+        if start.rip == linear { start.what } else { std::ptr::null() }
+    }
+
+    fn add(&mut self, linear: u64, what: *const T, global: bool) {
+        let at = start_index::<N>(linear);
+        if self.entries[at].rip != linear {
+            self.entries[at ^ 1] = self.entries[at];
+        }
+        self.entries[at] = Start { rip: linear, what };
+        self.used |= 1 << (at / Self::GROUP);
+        if !global {
+            self.local |= 1 << (at / Self::GROUP);
+        }
+    }
+
+    /// What started here starts elsewhere now.
+    fn replace(&mut self, linear: u64, old: *const T, new: *const T) {
+        let first = start_index::<N>(linear);
+        for at in [first, first ^ 1] {
+            let start = &mut self.entries[at];
+            if start.rip == linear && start.what == old {
+                start.what = new;
+            }
+        }
+    }
+
+    fn flush_local(&mut self) {
+        let groups = std::mem::take(&mut self.local);
+        self.used &= !groups;
+        for group in bits(groups) {
+            self.entries[group * Self::GROUP..(group + 1) * Self::GROUP].fill(Self::nothing(NOWHERE[0]));
+            let exception = start_index::<N>(NOWHERE[0]);
+            if exception / Self::GROUP == group {
+                self.entries[exception] = Self::nothing(NOWHERE[1]);
+                self.entries[exception ^ 1] = Self::nothing(NOWHERE[1]);
+            }
+        }
+    }
+
+    /// What no search finds: it is for an address that is not looked for in this place.
+    const fn nothing(rip: u64) -> Start<T> {
+        Start { rip, what: std::ptr::null() }
+    }
+
+    fn flush(&mut self) {
+        self.local = self.used;
+        self.flush_local();
+    }
+}
+
+/// Translations for instruction fetches, and what starts at recent addresses: for translated code, which jumps there, and
+/// for the run loop.
 #[repr(C, align(64))]
 pub struct CodeSet {
-    pub jumps: [Jump; JUMP_ENTRIES],
+    pub jumps: Starts<u8, JUMP_ENTRIES>,
+    places: Starts<Block, PLACES>,
     pages: [CodeEntry; CODE_ENTRIES],
-    /// Which groups of jumps, and which chunks of pages, have entries.
-    used_jumps: u64,
+    /// Which chunks of pages have entries, and which have some of pages that are not global.
     used_pages: u64,
-    /// Which of them have entries of pages that are not global.
-    local_jumps: u64,
     local_pages: u64,
     /// A number of its own for as long as nothing that it says of code becomes void.
     pub generation: u64,
@@ -303,16 +387,6 @@ pub struct CodeSet {
     jump_pages: Pages,
     large: Regions,
 }
-
-/// Where a jump is looked for first; the other place is next to it. Translated code computes the same
-/// (`Work::jump_to`).
-#[inline(always)]
-const fn jump_index(linear: u64) -> usize {
-    ((linear as u32).wrapping_mul(JUMP_FACTOR) >> JUMP_SHIFT) as usize
-}
-
-/// Jumps that one bit of a set's words stands for.
-const JUMP_GROUP: usize = JUMP_ENTRIES / 64;
 
 /// Pages that may be in a table: a page is noted by a hash of its own and by one of its 2 MiB region, so that those of
 /// a kernel and those of processes are seldom taken for each other.
@@ -344,7 +418,8 @@ impl Pages {
 
 impl CodeSet {
     fn flush(&mut self) {
-        (self.local_pages, self.local_jumps) = (self.used_pages, self.used_jumps);
+        self.local_pages = self.used_pages;
+        (self.jumps.local, self.places.local) = (self.jumps.used, self.places.used);
         self.flush_local();
         self.large.clear();
         self.jump_pages = Pages::default();
@@ -359,7 +434,7 @@ impl CodeSet {
 
     /// All but entries of global pages (and some of those).
     fn flush_local(&mut self) {
-        if self.local_pages | self.local_jumps == 0 {
+        if self.local_pages | self.jumps.local | self.places.local == 0 {
             return;
         }
         self.renew();
@@ -369,19 +444,14 @@ impl CodeSet {
         for chunk in bits(chunks) {
             self.pages[chunk * CHUNK..(chunk + 1) * CHUNK].fill(NO_CODE);
         }
-        let groups = std::mem::take(&mut self.local_jumps);
-        self.used_jumps &= !groups;
-        for group in bits(groups) {
-            self.jumps[group * JUMP_GROUP..(group + 1) * JUMP_GROUP].fill(NO_JUMP);
-        }
+        self.jumps.flush_local();
+        self.places.flush_local();
     }
 
     pub fn flush_jumps(&mut self) {
-        self.local_jumps = 0;
         self.jump_pages = Pages::default();
-        for group in bits(std::mem::take(&mut self.used_jumps)) {
-            self.jumps[group * JUMP_GROUP..(group + 1) * JUMP_GROUP].fill(NO_JUMP);
-        }
+        self.jumps.flush();
+        self.places.flush();
     }
 
     fn flush_page(&mut self, linear: u64) {
@@ -422,26 +492,39 @@ impl CodeSet {
         self.large.note(linear, found.shift);
     }
 
+    /// The block that starts here, if it did lately.
     #[inline(always)]
-    pub fn jump(&self, linear: u64) -> *const Block {
-        let first = jump_index(linear);
-        let at = if self.jumps[first].rip == linear { first } else { first ^ 1 };
-        let jump = &self.jumps[at];
-        if jump.rip == linear { jump.block } else { std::ptr::null() }
+    pub fn place(&self, linear: u64) -> *const Block {
+        self.places.find(linear)
     }
 
-    pub fn remember(&mut self, linear: u64, block: *const Block) {
-        let at = jump_index(linear);
-        if self.jumps[at].rip != linear {
-            self.jumps[at ^ 1] = self.jumps[at];
-        }
-        self.jumps[at] = Jump { rip: linear, block };
-        self.used_jumps |= 1 << (at / JUMP_GROUP);
-        self.jump_pages.note(linear);
+    fn is_global(&self, linear: u64) -> bool {
         let page = &self.pages[(linear >> 12) as usize % CODE_ENTRIES];
-        if page.tag != linear & !PAGE_MASK || !page.global {
-            self.local_jumps |= 1 << (at / JUMP_GROUP);
+        page.tag == linear & !PAGE_MASK && page.global
+    }
+
+    /// The block starts here, as long as nothing that this says of code becomes void.
+    pub fn remember(&mut self, linear: u64, block: *const Block) {
+        let global = self.is_global(linear);
+        self.places.add(linear, block, global);
+        self.jump_pages.note(linear);
+    }
+
+    /// And so does this translation, for jumps of translated code. Whether that is news.
+    #[inline(always)]
+    pub fn remember_code(&mut self, linear: u64, code: *const u8) -> bool {
+        let news = self.jumps.find(linear) != code;
+        if news {
+            let global = self.is_global(linear);
+            self.jumps.add(linear, code, global);
+            self.jump_pages.note(linear);
         }
+        news
+    }
+
+    /// A translation took the place of another.
+    pub fn replace_code(&mut self, linear: u64, old: *const u8, new: *const u8) {
+        self.jumps.replace(linear, old, new);
     }
 }
 
@@ -490,7 +573,7 @@ impl DataSet {
 
 impl CodeSet {
     fn initialise(&mut self) {
-        (self.used_jumps, self.used_pages) = (u64::MAX, u64::MAX);
+        (self.jumps.used, self.places.used, self.used_pages) = (u64::MAX, u64::MAX, u64::MAX);
         self.flush();
     }
 }

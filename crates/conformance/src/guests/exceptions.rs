@@ -306,6 +306,30 @@ guest! {
 }
 
 guest! {
+    /// #GP(0) by jumps and returns to addresses that are not canonical and end as code does; nothing is popped.
+    exceptions jumps_to_nowhere, Long, Reports(&[13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 0x77]),
+    r#"
+        mov rbx, 0x8000000000000001
+        CATCH jmp rbx
+        mov rbx, 0x8000000000000002
+        CATCH jmp rbx
+        mov rbx, 0x8000000000000000
+        CATCH jmp rbx
+        mov r13, rsp
+        mov rbx, 0x8000000000000001
+        push rbx
+        CATCH ret
+        cmp [rsp], rbx
+        jne 21f
+        inc qword ptr [rsp]
+        CATCH ret
+    21: mov rsp, r13
+        REPORT 0x77
+        DONE
+    "#
+}
+
+guest! {
     /// #PF for each kind of access in ring 0: error code and CR2.
     exceptions page_faults, Long,
     Reports(&[

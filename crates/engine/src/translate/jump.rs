@@ -13,14 +13,12 @@ use super::{
     thunks::{PAGE, state},
 };
 use crate::{
-    cache::Block,
     cpu::Cpu,
     tlb::{CodeSet, JUMP_ENTRIES, JUMP_FACTOR, JUMP_SHIFT, Jump},
     uop::Uop,
 };
 
 const CODE: Mem = Mem::State(offset_of!(Cpu, code));
-const BLOCK_CODE: i32 = offset_of!(Block, code) as i32;
 const _: () = assert!(size_of::<Jump>() == 1 << 4, "as `jump_to` shifts");
 const _: () = assert!(offset_of!(CodeSet, jumps) == 0, "jumps are found two by two at an aligned address");
 
@@ -66,8 +64,15 @@ impl Work<'_> {
         e.group1(true, 0, T0, to & !0xfff);
         e.store(T0, PAGE);
         e.jmp(missed);
-        let site = self.place() - 4;
-        self.t.outlines.push(Outline::Across { data, page, missed, to, site });
+        // No generation is 0. They lie where they come to the cache with the code.
+        let at = self.place();
+        let e = &mut self.t.emitter;
+        e.bind(data);
+        e.raw(&[0; 8]);
+        e.bind(page);
+        e.raw(&[0; 8]);
+        e.raw(&(at as u64 - 4).to_le_bytes());
+        self.t.outlines.push(Outline::Across { missed, to, at });
     }
 
     /// The first five bytes of a translation are one day a jump out of it: none of its own jumps is among them.
@@ -93,7 +98,7 @@ impl Work<'_> {
         from
     }
 
-    /// Jumps to the address in RAX: through the table of blocks that began there lately.
+    /// Jumps to the address in RAX: through the table of translations that began there lately.
     ///
     /// `poll`: the jump may close a loop. `unsure`: the address need not be canonical; see [`Outline::Second`].
     pub fn jump_to(&mut self, poll: bool, unsure: Option<(u64, i32)>) {
@@ -112,11 +117,10 @@ impl Work<'_> {
         e.rm(true, &[0x3b], T0, Mem::Base(T1, offset_of!(Jump, rip) as i32));
         e.jcc(cc::NE, from);
         let found = e.mark();
-        e.load(T1, Mem::Base(T1, offset_of!(Jump, block) as i32));
         // AND RAX, -4096
         e.raw(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
         e.store(T0, PAGE);
-        e.jmp_mem(Mem::Base(T1, BLOCK_CODE));
+        e.jmp_mem(Mem::Base(T1, offset_of!(Jump, what) as i32));
         self.t.outlines.push(Outline::Second { from, found, unsure });
     }
 

@@ -90,11 +90,10 @@ pub enum Outline {
     },
     /// A jump to another page that is not patched for what is now.
     Across {
-        data: Label,
-        page: Label,
         missed: Label,
         to: i32,
-        site: usize,
+        /// Where its data are.
+        at: usize,
     },
     /// A request is pending.
     Called {
@@ -263,15 +262,7 @@ impl Work<'_> {
                     e.constant(T1, site as u64);
                     e.jmp_address(thunks.leave_link);
                 }
-                Outline::Across { data, page, missed, to, site } => {
-                    // No generation is 0.
-                    let at = self.place();
-                    let e = &mut self.t.emitter;
-                    e.bind(data);
-                    e.raw(&[0; 8]);
-                    e.bind(page);
-                    e.raw(&[0; 8]);
-                    e.raw(&(site as u64).to_le_bytes());
+                Outline::Across { missed, to, at } => {
                     e.bind(missed);
                     e.load(T0, PAGE);
                     e.lea(T0, Mem::Base(T0, to));
