@@ -201,18 +201,32 @@ impl Cpu {
         block.runs_left == 0 && self.translate_block(block)
     }
 
+    /// Has jumps of translated code find the translation of this block, which is alive and where `rip` is.
+    #[inline(always)]
+    unsafe fn remember_translation(&mut self, block: *mut Block) {
+        let (linear, user) = (self.rip, self.cpl == 3);
+        // SAFETY: the caller's word; this is the thread that owns the cache.
+        let (code, gpa) = unsafe { ((*block).code, (*block).gpa) };
+        if self.tlb.code(user).jumps_to(linear, code) {
+            return;
+        }
+        // What is known of the page says how long that is true.
+        if self.tlb.code(user).page(linear).is_none() && self.translate_fetch(linear).ok() != Some(gpa & !PAGE_MASK) {
+            return;
+        }
+        self.tlb.code(user).remember_code(linear, code);
+        // SAFETY: as above.
+        unsafe { (*block).linear = linear };
+    }
+
     /// Runs translated code until it leaves.
     ///
     /// # Safety
     /// The block is alive, translated, and where `rip` is.
     pub unsafe fn run_translation(&mut self, block: *const Block) -> Ctl {
         self.prepare_translation();
-        // SAFETY: the caller's word; this is the thread that owns the cache.
-        unsafe {
-            if self.tlb.code(self.cpl == 3).remember_code(self.rip, (*block).code) {
-                (*block.cast_mut()).linear = self.rip;
-            }
-        }
+        // SAFETY: the caller's word.
+        unsafe { self.remember_translation(block.cast_mut()) };
         let enter = self.cache.code.thunks.enter;
         self.translated.running = true;
         let entered = self.translated.counts.then(Instant::now);

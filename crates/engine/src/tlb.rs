@@ -510,16 +510,17 @@ impl CodeSet {
         self.jump_pages.note(linear);
     }
 
-    /// And so does this translation, for jumps of translated code. Whether that is news.
+    /// Whether jumps of translated code lead to this translation.
     #[inline(always)]
-    pub fn remember_code(&mut self, linear: u64, code: *const u8) -> bool {
-        let news = self.jumps.find(linear) != code;
-        if news {
-            let global = self.is_global(linear);
-            self.jumps.add(linear, code, global);
-            self.jump_pages.note(linear);
-        }
-        news
+    pub fn jumps_to(&self, linear: u64, code: *const u8) -> bool {
+        self.jumps.find(linear) == code
+    }
+
+    /// Has them do so as long as nothing that this says of code becomes void: of the page, too.
+    pub fn remember_code(&mut self, linear: u64, code: *const u8) {
+        let global = self.is_global(linear);
+        self.jumps.add(linear, code, global);
+        self.jump_pages.note(linear);
     }
 
     /// A translation took the place of another.
