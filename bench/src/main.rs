@@ -119,6 +119,11 @@ fn run(args: &Args) -> Result<()> {
                 eprintln!("round {round}/{}: {suite:?} on the host", args.rounds);
                 comparison.add(NATIVE, work::native(&[], &guest.load_path, &workloads, args.scale)?);
             }
+            let mut host = Vec::new();
+            if *suite == Suite::Smp && !args.no_native {
+                eprintln!("round {round}/{}: {suite:?} on the host", args.rounds);
+                host = smp::on_the_host(&setting)?;
+            }
             for vmm in &vmms {
                 eprintln!("round {round}/{}: {suite:?} on {}", args.rounds, vmm.name());
                 let figures = match suite {
@@ -132,6 +137,7 @@ fn run(args: &Args) -> Result<()> {
                     Suite::Net => net::measure(vmm, &guest, &work, args.memory, args.scale),
                 };
                 report.add(vmm, figures.with_context(|| format!("{suite:?} on {}", vmm.name()))?);
+                report.add(vmm, host.clone());
             }
         }
     }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::{guest::Guest, vmm::Vmm};
 
 /// What was measured in one round.
+#[derive(Clone)]
 pub struct Figure {
     pub name: String,
     pub unit: Unit,

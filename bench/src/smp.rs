@@ -51,12 +51,11 @@ pub fn measure(vmm: &Vmm, setting: &Setting<'_>) -> Result<Vec<Figure>> {
         value: 2.0 * AT_ONCE * alone.host_wall.as_secs_f64() / longer.as_secs_f64(),
         by_cpu: None,
     });
-    figures.extend(on_the_host(setting)?);
     Ok(figures)
 }
 
 /// What the host's own second processor costs [`SINGLE`] without any VMM, where `taskset` is there to take it away.
-fn on_the_host(setting: &Setting<'_>) -> Result<Vec<Figure>> {
+pub fn on_the_host(setting: &Setting<'_>) -> Result<Vec<Figure>> {
     let workloads = SINGLE.map(|name| Workload { group: String::new(), name: name.into() });
     let pinned = ["taskset", "-c", "0"];
     if !Command::new(pinned[0]).args(&pinned[1..]).arg("true").status().is_ok_and(|status| status.success()) {

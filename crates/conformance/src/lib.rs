@@ -99,8 +99,10 @@ table! { $
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,
-        swapgs_and_bases, fsgsbase, fxsave_and_fxrstor, xsave_and_xrstor, avx_state, masked_stores, cmpxchg_and_xadd,
-        string_instructions, descriptor_tables, absolute_addresses, long_strings,
+        swapgs_and_bases, fsgsbase, cmpxchg_and_xadd, string_instructions, descriptor_tables, absolute_addresses, long_strings,
+    }
+    vectors {
+        fxsave_and_fxrstor, xsave_and_xrstor, avx_state, masked_stores,
     }
     protected {
         exceptions, traps_of_old, limits, call_gates, invalid_tss, legacy_paging, invlpg_around, pae_paging,

@@ -104,11 +104,15 @@ pub struct Trace {
     pub left: usize,
     /// For tests: everything is hot, and is looked at all the time.
     pub eager: bool,
+    /// And room is made where there still is some.
+    pub collects: bool,
     seen: Vec<*const Block>,
 }
 
 /// Blocks that an eager one looks at.
 const EAGER_TRACE: usize = 4;
+/// Times that it enters translated code between two collections.
+const EAGER_COLLECTION: u64 = 200;
 
 impl Trace {
     /// The block that most often followed this one.
@@ -156,7 +160,7 @@ impl Trace {
 impl Cpu {
     /// Translates again what is to be, and has the next blocks looked at.
     pub fn look_for_heat(&mut self) {
-        if self.cache.code.is_full() || self.tlb.windows.are_stale() {
+        if self.cache.code.is_full() || self.tlb.windows.are_stale() || mem::take(&mut self.trace.collects) {
             return self.make_room();
         }
         let again = mem::take(&mut self.translated.again);
@@ -173,6 +177,19 @@ impl Cpu {
     pub fn look_eagerly(&mut self) {
         self.trace.left = EAGER_TRACE;
         self.trace.seen.clear();
+    }
+
+    /// For tests, after translated code ran: looks again and again, and makes room where there is some.
+    #[cold]
+    pub fn be_eager(&mut self) {
+        let entries = self.counters.translated.entries;
+        if self.trace.left == 0 && entries & 15 == 0 {
+            self.look_eagerly();
+        }
+        if entries.is_multiple_of(EAGER_COLLECTION) && self.verifier.is_none() {
+            self.trace.collects = true;
+            self.signal.note(request::HOT);
+        }
     }
 
     /// Forgets what was seen: it is gone.
@@ -197,7 +214,7 @@ impl Cpu {
     /// Makes more of blocks that were seen often enough; whether there were any.
     fn promote_hot(&mut self) -> bool {
         let trace = mem::take(&mut self.trace);
-        self.trace.eager = trace.eager;
+        (self.trace.eager, self.trace.collects) = (trace.eager, trace.collects);
         let wanted = if trace.eager { 1 } else { HOT };
         let mut hot = Vec::new();
         for (i, &at) in trace.seen.iter().enumerate() {

@@ -236,8 +236,8 @@ impl Cpu {
             self.counters.translated.running += entered.elapsed().as_nanos() as u64;
         }
         self.translated.running = false;
-        if self.trace.eager && self.trace.left == 0 && self.counters.translated.entries & 15 == 0 {
-            self.look_eagerly();
+        if self.trace.eager {
+            self.be_eager();
         }
         self.translated.clears = self.cache.clears;
         // Whatever left the code to the interpreter said in which block it was.

@@ -14,3 +14,4 @@ pub mod smp;
 pub mod stepping;
 pub mod timers;
 pub mod user;
+pub mod vectors;

@@ -157,6 +157,8 @@ struct Totals {
     exceptions: u64,
     interrupts: u64,
     code_writes: u64,
+    /// Times that what was of no use lately was forgotten.
+    collections: u64,
     /// Translations of hot code, and those that went through several blocks.
     hot: u64,
     paths: u64,
@@ -237,6 +239,7 @@ fn lockstep(guest: &Guest, totals: &mut Totals) -> Result<(), String> {
     totals.exceptions += all.figure("exceptions");
     totals.interrupts += all.figure("interrupts");
     totals.code_writes += all.figure("code_writes");
+    totals.collections += some.figure("code_cache_collections");
     Ok(())
 }
 
@@ -268,6 +271,7 @@ fn the_translator_does_what_the_interpreter_does() {
     let pool = sequence::Pool::new(&FeatureSet::from_cpuid(&cpuid));
     let (cases, totals) = play("guests", 30, |random| Guest::new(&pool, random));
     assert!(totals.stops > cases * 10 && totals.translated > cases * 100 && totals.code_writes > cases);
+    assert!(totals.collections > cases / 2);
     assert!(totals.verified > cases * 100 && totals.verified_faults > cases);
     assert!(totals.endless + totals.crashes <= cases / 4);
 }
@@ -275,6 +279,7 @@ fn the_translator_does_what_the_interpreter_does() {
 #[test]
 fn loops_see_what_changes_under_them() {
     let (cases, totals) = play("guests of loops", 30, loops::guest);
+    assert!(totals.collections > cases);
     assert!(totals.stops > cases * 10 && totals.hot > cases * 20 && totals.exceptions > cases * 50);
     assert!(totals.endless + totals.crashes == 0);
 }
