@@ -61,7 +61,7 @@ table! { $
     exceptions {
         divide_errors, debug_traps, breakpoints, undefined_opcodes, device_not_available, double_fault,
         data_breakpoints, split_accesses, bad_stack_pointer,
-        segment_faults, general_protection, jumps_to_nowhere, page_faults, triple_fault,
+        segment_faults, general_protection, jumps_to_nowhere, two_memory_operands, page_faults, triple_fault,
     }
     user {
         there_and_back, faults, fpu_and_simd_faults, device_not_available, alignment_check, syscall_sysret, io_permission, gates,

@@ -306,6 +306,43 @@ guest! {
 }
 
 guest! {
+    /// Where an operand and the stack both are memory, each has its own fault: #SS(0) for a stack in the hole of addresses, or
+    /// reaching into it, #GP(0) for the operand.
+    exceptions two_memory_operands, Long,
+    Reports(&[
+        12, 0, 0, 12, 0, 0, 12, 0, 0, 12, 0, 0, 12, 0, 0, 12, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 12, 0, 0, 0x77,
+    ]),
+    r#"
+        mov byte ptr [0x2000 + 16 * 12 + 4], 2
+        mov byte ptr [0x2000 + 16 * 13 + 4], 2
+        mov r13, rsp
+        mov ebx, 0x20000
+        lea rax, [rip + 21f]
+        mov [rbx], rax
+        mov rsp, 0x800000000008
+        CATCH push qword ptr [rbx]
+        CATCH push word ptr [rbx]
+        CATCH call [rbx]
+        mov rsp, 0x800000000000
+        CATCH pop qword ptr [rbx]
+        mov rsp, 0x800000000001 // its first byte is not in the hole
+        CATCH push word ptr [rbx]
+        CATCH push qword ptr [rbx]
+        mov rsp, r13
+        mov rbx, 0x800000000000
+        CATCH push qword ptr [rbx]
+        CATCH call [rbx]
+        CATCH pop qword ptr [rbx]
+        mov rsp, 0x800000000008
+        CATCH pop qword ptr [rsp]
+        mov rsp, r13
+    21: REPORT 0x77
+        DONE
+    "#,
+    emulator_errs: Some("takes a push that reaches into the hole of addresses for one of a kind that it cannot deliver"),
+}
+
+guest! {
     /// #GP(0) by jumps and returns to addresses that are not canonical and end as code does; nothing is popped.
     exceptions jumps_to_nowhere, Long, Reports(&[13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 13, 0, 0, 0x77]),
     r#"

@@ -147,7 +147,7 @@ pub unsafe fn jmp_mem64(cpu: &mut Cpu, op: *const Uop) -> Ctl {
 #[inline(always)]
 unsafe fn push64(cpu: &mut Cpu, value: u64) -> Run {
     let sp = cpu.regs.gpr[4].wrapping_sub(8);
-    cpu.store::<u64>(sp, value)?;
+    cpu.store::<u64>(sp, value).map_err(|stop| cpu.blame_stack(stop))?;
     cpu.regs.gpr[4] = sp;
     Ok(())
 }

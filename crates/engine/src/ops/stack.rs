@@ -3,7 +3,7 @@
 use super::{attempt, next};
 use crate::{
     cpu::{Cpu, rflags, sreg},
-    fault::{Fault, Run},
+    fault::{Fault, NON_CANONICAL, Run, Stop, vector},
     mmu::Access,
     uop::{Ctl, Uop},
 };
@@ -62,15 +62,24 @@ impl Cpu {
     pub fn push(&mut self, value: u64, bytes: usize) -> Run {
         let sp = self.stack_pointer().wrapping_sub(bytes as u64);
         let at = self.stack_address(sp, bytes, Access::Write)?;
-        self.store_sized(at, value, bytes)?;
+        self.store_sized(at, value, bytes).map_err(|stop| self.blame_stack(stop))?;
         self.set_stack_pointer(sp);
         Ok(())
+    }
+
+    /// An access to the stack faulted, whatever segment the instruction's operand is in.
+    #[cold]
+    pub fn blame_stack(&mut self, stop: Stop) -> Stop {
+        if self.fault == NON_CANONICAL {
+            self.fault = Fault::with(vector::SS, 0);
+        }
+        stop
     }
 
     pub fn pop(&mut self, bytes: usize) -> Run<u64> {
         let sp = self.stack_pointer();
         let at = self.stack_address(sp, bytes, Access::Read)?;
-        let value = self.load_sized(at, bytes)?;
+        let value = self.load_sized(at, bytes).map_err(|stop| self.blame_stack(stop))?;
         self.set_stack_pointer(sp.wrapping_add(bytes as u64));
         Ok(value)
     }

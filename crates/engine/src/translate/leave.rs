@@ -4,7 +4,7 @@ use super::{Gathered, Left, State, vectors};
 use crate::{
     cache::Block,
     cpu::{Cpu, cr0, cr4},
-    fault::Run,
+    fault::{NON_CANONICAL, Run},
     mmu::crosses,
     ops,
     regs::slot,
@@ -189,6 +189,8 @@ pub unsafe extern "C" fn slow(cpu: *mut Cpu, site: u64, linear: u64) -> u64 {
             }
             Ok(Some(host)) => host as u64,
             Ok(None) => cpu.run_alone(site),
+            // Which of an instruction's accesses it was says whether the stack is to blame.
+            Err(_) if cpu.fault == NON_CANONICAL => cpu.run_alone(site),
             Err(_) => {
                 cpu.translated.ctl = ops::fault(cpu, (*site.block).ops.add(site.index));
                 cpu.translated.left = Left::Handler;
