@@ -94,7 +94,7 @@ table! { $
         repeated_strings, loads_of_ss, watched_stacks, changed_bytes,
     }
     code {
-        modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, moved_pages,
+        modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, local_to_global, calls_change, moved_pages,
         ever_new_operands, data_beside_code,
     }
     cpu {

@@ -44,7 +44,7 @@ impl Capacity {
 /// A run of instructions with one entry, within one page (only a single instruction may cross into the next).
 #[repr(C)]
 pub struct Block {
-    /// Where translated code goes to run this block: its translation, or the way to the interpreter.
+    /// Where its translation is, if there is one.
     pub code: *const u8,
     /// Offset of its translation in the code buffer, 0 if there is none, and of the way out of it.
     pub entry: u32,
@@ -247,7 +247,6 @@ impl BlockCache {
     fn keep_translated(&mut self) -> Map<*const Block> {
         let (blocks, used) = (self.block_count, self.used);
         self.clear();
-        let leave = self.code.thunks.leave_block as *const u8;
         let mut moved = Map::default();
         for i in 0..blocks {
             let from = self.block_at(i);
@@ -267,7 +266,7 @@ impl BlockCache {
                 self.block_count += 1;
                 ptr::copy(from, to, 1);
                 (*to).ops = ops;
-                ((*to).entry, (*to).dead, (*to).code) = (0, 0, leave);
+                ((*to).entry, (*to).dead, (*to).code) = (0, 0, ptr::null());
                 ((*to).runs_left, (*to).checked, (*to).links) = (1, 0, [ptr::null(); 2]);
                 self.list(to);
                 moved.insert(from as u64, to.cast_const());
@@ -344,7 +343,7 @@ impl BlockCache {
         let changes = self.changes.get(&(gpa >> 12)).map_or(0, |c| (c.lately(Instant::now()) / 4).min(10));
         let changes = if self.promote < PROMOTE { 0 } else { changes };
         let block = self.blocks[slab][self.block_count % SLAB].write(Block {
-            code: self.code.thunks.leave_block as *const u8,
+            code: ptr::null(),
             entry: 0,
             dead: 0,
             checked: 0,
@@ -397,7 +396,7 @@ impl BlockCache {
                     self.code.cut((*block).entry as usize, (*block).dead as usize);
                     self.cut.insert(key((*block).gpa, (*block).mode), (*block).entry);
                     (*block).entry = 0;
-                    (*block).code = self.code.thunks.leave_block as *const u8;
+                    (*block).code = ptr::null();
                 }
                 let ops = (*block).ops.cast_mut();
                 // A separate end of the block stays as it is: it only says where to go on.

@@ -211,7 +211,7 @@ impl Cpu {
             return;
         }
         // What is known of the page says how long that is true.
-        if self.tlb.code(user).page(linear).is_none() && self.translate_fetch(linear).ok() != Some(gpa & !PAGE_MASK) {
+        if self.translate_fetch(linear).ok() != Some(gpa & !PAGE_MASK) {
             return;
         }
         self.tlb.code(user).remember_code(linear, code);
@@ -247,14 +247,6 @@ impl Cpu {
         self.link = ptr::null_mut();
         match self.translated.left {
             Left::Next | Left::Link | Left::Cross => self.next = ptr::null(),
-            Left::Block => {
-                // SAFETY: the block that translated code came to is alive.
-                let next = unsafe { &*self.next };
-                self.rip = self.translated.page | next.gpa & PAGE_MASK;
-                if next.mode != self.mode {
-                    self.next = ptr::null();
-                }
-            }
             Left::Interpret => {
                 self.next = ptr::null();
                 self.translated.interpret = true;

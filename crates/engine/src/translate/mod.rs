@@ -94,8 +94,6 @@ pub enum Left {
     Link,
     /// To go on at `Cpu::rip`; the jump to another page whose data are at [`State::site`] may be patched.
     Cross,
-    /// To go on with the block in `Cpu::next`, at its place in [`State::page`].
-    Block,
     /// The instruction at `Cpu::rip` is one for the interpreter.
     Interpret,
     /// As a handler returned it: [`State::ctl`].

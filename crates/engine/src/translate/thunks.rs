@@ -61,8 +61,6 @@ pub struct Thunks {
     pub leave_cross: u64,
     /// Jump: leave for the address in RAX.
     pub leave_to: u64,
-    /// Jump: leave for the untranslated block in R15.
-    pub leave_block: u64,
     /// Jump: R15 is the site of a last instruction for the interpreter.
     pub last: u64,
     /// Call: R15 is the site of an instruction for the interpreter.
@@ -391,10 +389,6 @@ pub fn make(address: u64, windows: u64) -> (Vec<u8>, Thunks) {
     thunks.leave_to = m.entry();
     m.e.store(T0, RIP);
     m.leave(Left::Next);
-
-    thunks.leave_block = m.entry();
-    m.e.store(T1, Mem::State(offset_of!(Cpu, next)));
-    m.leave(Left::Block);
 
     thunks.last = m.entry();
     m.store_registers();
