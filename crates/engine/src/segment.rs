@@ -664,7 +664,7 @@ impl Cpu {
         self.rip = self.msr.sysenter_eip & mask;
         self.regs.gpr[4] = self.msr.sysenter_esp & mask;
         self.seg[sreg::CS] = flat(cs, if self.long_mode() { 0xa09b } else { 0xc09b });
-        self.seg[sreg::SS] = flat(cs + 8, 0xc093);
+        self.seg[sreg::SS] = flat(cs.wrapping_add(8), 0xc093);
         self.cpl = 0;
         self.refresh();
         Ok(())

@@ -380,7 +380,7 @@ protected_guest! {
 
 protected_guest! {
     /// SYSENTER and SYSEXIT: flat segments, ESP and EIP by MSR and register; #GP with a null SYSENTER_CS.
-    rings_and_sysenter, &[0x30d, 0, 0, 0x10, 0x18, 0x39000, 2, 0x66, 0x23, 0x2b, 0x4ff00, 0x77],
+    rings_and_sysenter, &[0x30d, 0, 0, 0x10, 0x18, 0x39000, 2, 0x66, 0x23, 0x2b, 0x4ff00, 0xfffc, 4, 0x77],
     r#"
         mov ecx, 0x174
         xor eax, eax
@@ -423,6 +423,19 @@ protected_guest! {
         mov eax, esp
         REPORTXU eax
         KERNEL
+        // SS is the one behind the last
+        mov ecx, 0x174
+        mov eax, 0xfffc
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x176
+        ADDRESS 0xb8, 24f
+        wrmsr
+        sysenter
+    24: mov eax, cs
+        REPORTX eax
+        mov eax, ss
+        REPORTX eax
         REPORTX 0x77
         DONE
     "#,
