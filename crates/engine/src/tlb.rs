@@ -14,11 +14,11 @@ use crate::{
 pub const PAGE_MASK: u64 = 0xfff;
 pub const ENTRIES: usize = 2048;
 const CODE_ENTRIES: usize = 256;
-pub const JUMP_ENTRIES: usize = 32768;
+pub const JUMP_ENTRIES: usize = 16384;
 /// How jumps are spread: by the high bits of a product.
 pub const JUMP_FACTOR: u32 = 0x9e37_79b1;
 pub const JUMP_SHIFT: u32 = u32::BITS - JUMP_ENTRIES.ilog2();
-const PLACES: usize = 8192;
+const PLACES: usize = 4096;
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
 /// Addresses that empty entries are for. A guest may jump there, so each is only used where it is not looked for.
