@@ -201,7 +201,8 @@ Pss:                 300 kB
 
     #[test]
     fn what_a_process_used_and_said() {
-        let script = "echo one; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo two";
+        // It is there for long enough to be looked at more than once: the first look may come before it is a shell.
+        let script = "echo one; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo two; sleep 0.7; exit 0";
         let done = run(Command::new("sh").args(["-c", script]), 1 << 40).unwrap();
         let said: Vec<_> = done.lines.iter().map(|line| line.text.as_str()).collect();
         assert_eq!(said, ["one", "two"]);
