@@ -65,7 +65,7 @@ table! { $
     }
     user {
         there_and_back, faults, fpu_and_simd_faults, device_not_available, alignment_check, syscall_sysret, io_permission, gates,
-        stack_switch, null_selectors,
+        stack_switch, null_selectors, calls_change,
     }
     paging {
         sizes, accessed_and_dirty, write_protect, no_execute, reserved_bits, invlpg, global_pages, pcid, smep_smap,
@@ -94,8 +94,8 @@ table! { $
         repeated_strings, loads_of_ss, watched_stacks, changed_bytes,
     }
     code {
-        modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, local_to_global, calls_change, moved_pages,
-        ever_new_operands, data_beside_code,
+        modified_by_itself, modified_ahead, reads_beside_code, reads_behind_aligned_writes, across_pages, local_to_global,
+        moved_pages, ever_new_operands, data_beside_code,
     }
     cpu {
         identification, model_specific_registers, pat_and_tsc_writes, control_registers, time_stamp_disable, rdtscp,

@@ -17,7 +17,7 @@ const CODE_ENTRIES: usize = 256;
 pub const JUMP_ENTRIES: usize = 16384;
 /// How jumps are spread: by the high bits of a product.
 pub const JUMP_FACTOR: u32 = 0x9e37_79b1;
-pub const JUMP_SHIFT: u32 = u32::BITS - JUMP_ENTRIES.ilog2();
+pub const JUMP_SHIFT: u32 = start_shift(JUMP_ENTRIES);
 const PLACES: usize = 4096;
 /// Never the page of a fetch: the low bits of a code page's tag are compared as zeroes.
 const INVALID: u64 = 1;
@@ -300,7 +300,11 @@ pub type Jump = Start<u8>;
 /// the same (`Work::jump_to`).
 #[inline(always)]
 const fn start_index<const N: usize>(linear: u64) -> usize {
-    ((linear as u32).wrapping_mul(JUMP_FACTOR) >> (u32::BITS - N.ilog2())) as usize
+    ((linear as u32).wrapping_mul(JUMP_FACTOR) >> start_shift(N)) as usize
+}
+
+const fn start_shift(entries: usize) -> u32 {
+    u32::BITS - entries.ilog2()
 }
 
 /// What starts at recent addresses.
@@ -419,10 +423,9 @@ impl Pages {
 impl CodeSet {
     fn flush(&mut self) {
         self.local_pages = self.used_pages;
-        (self.jumps.local, self.places.local) = (self.jumps.used, self.places.used);
+        self.flush_jumps();
         self.flush_local();
         self.large.clear();
-        self.jump_pages = Pages::default();
         self.renew();
     }
 

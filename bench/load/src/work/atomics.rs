@@ -1,6 +1,7 @@
 //! Locked instructions, and threads that share memory.
 
 use std::{
+    panic::resume_unwind,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
@@ -55,7 +56,7 @@ fn compute(run: &Run) -> u64 {
 
 /// On a thread of its own, as the second of [`compute_twice`]: where the stack lies is part of how long calls take.
 pub fn compute_alone(run: &Run) -> u64 {
-    thread::scope(|scope| scope.spawn(|| compute(run)).join().unwrap_or_default())
+    thread::scope(|scope| scope.spawn(|| compute(run)).join()).unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Twice the work of [`compute_alone`].

@@ -131,6 +131,7 @@ guest! {
     /// The same linear address with other code behind it: by INVLPG, by CR3, by a write to the other page.
     code moved_pages, Long, Reports(&[1, 2, 3, 4, 1, 2]),
     r#"
+        // at 0x90000, of this space: mov eax, 1; ret. At 0x91000, global later on: mov eax, 2; ret
         mov dword ptr [0x90000], 0x000001b8
         mov word ptr [0x90004], 0xc300
         mov dword ptr [0x91000], 0x000002b8
@@ -297,6 +298,7 @@ guest! {
         mov rax, cr4
         bts rax, 7
         mov cr4, rax
+        // at 0x90000, of this space: mov eax, 1; ret. At 0x91000, global later on: mov eax, 2; ret
         mov dword ptr [0x90000], 0x000001b8
         mov word ptr [0x90004], 0xc300
         mov dword ptr [0x91000], 0x000002b8
@@ -313,6 +315,7 @@ guest! {
         dec ecx
         jnz 22b
         REPORT eax
+        // the page is another one now, and what the processor knows of the old one is replaced; then the code gets hot
         mov dword ptr [0x61000], 0x91103
         lea rdx, [rbx + 0x100000]
         call rdx
@@ -334,72 +337,4 @@ guest! {
         REPORT edi
         DONE
     "#
-}
-
-guest! {
-    /// What SYSCALL and SYSRET do changes with SFMASK, STAR, EFER.SCE and CR4.TSD after they were used.
-    code calls_change, Long, Reports(&[0, 0x10, 0x400, 0x10, 0x400, 0x40, 0x400, 0x10, 6, 0, 0, 0x30d, 0, 0, 0x77]),
-    r#"
-        .macro MSR index, high, low
-            mov ecx, \index
-            mov edx, \high
-            mov eax, \low
-            wrmsr
-        .endm
-        .macro CALLS
-            std
-            syscall
-            cld
-            and ebx, 0x400
-            REPORT ebx
-            REPORT ebp
-        .endm
-        MSR 0xc0000084, 0, 0x43e00
-        MSR 0xc0000081, 0x00230010, 0
-        mov ecx, 0xc0000082
-        lea rax, [rip + 22f]
-        xor edx, edx
-        wrmsr
-        jmp 23f
-    22: pushfq
-        pop rbx
-        mov ebp, cs
-        jmp rcx
-    23: CALLS
-        MSR 0xc0000084, 0, 0x40200
-        CALLS
-        MSR 0xc0000081, 0x00230040, 0
-        CALLS
-        MSR 0xc0000081, 0x00230010, 0
-        CALLS
-        mov ecx, 0xc0000080
-        rdmsr
-        btr eax, 0
-        wrmsr
-        CATCH syscall
-        mov ecx, 0xc0000080
-        rdmsr
-        bts eax, 0
-        wrmsr
-        mov edi, 2
-        mov [0x7800], rsp
-    24: mov rsp, 0x40050000
-        lea rcx, [rip + 26f + 0x40000000]
-        mov r11d, 0x202
-        .byte 0x48, 0x0f, 0x07
-    26: CATCH rdtsc
-        xor r14d, r14d
-        xor r15d, r15d
-        TO_KERNEL
-        mov rax, cr4
-        bts rax, 2
-        mov cr4, rax
-        dec edi
-        jnz 24b
-        REPORT 0x77
-        .purgem MSR
-        .purgem CALLS
-        DONE
-    "#,
-    emulator_errs: Some("lets ring 3 read the TSC while CR4.TSD is set"),
 }

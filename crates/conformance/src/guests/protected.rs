@@ -18,6 +18,25 @@ macro_rules! protected_guest {
                         .byte \opcode
                         .long \label - 99b + 0x10000
                     .endm
+                    .macro PAGING cr4
+                        mov eax, cr4
+                        or eax, \cr4
+                        mov cr4, eax
+                        mov eax, 0x70000
+                        mov cr3, eax
+                        mov eax, cr0
+                        or eax, 0x80010000
+                        mov cr0, eax
+                        jmp 77f
+                        77:
+                    .endm
+                    .macro NO_PAGING
+                        mov eax, cr0
+                        btr eax, 31
+                        mov cr0, eax
+                        jmp 77f
+                        77:
+                    .endm
                     .macro USER
                         mov [0x7800], esp
                         push 0x2b
@@ -50,6 +69,8 @@ macro_rules! protected_guest {
                     $text,
                     r#"
                     .purgem ADDRESS
+                    .purgem PAGING
+                    .purgem NO_PAGING
                     .purgem USER
                     .purgem KERNEL
                     .purgem REPORTXU
@@ -243,16 +264,8 @@ protected_guest! {
         mov dword ptr [0x60000], 0x90003
         mov dword ptr [0x90000], 0x1111
         mov dword ptr [0x400010], 0x2222
-        mov eax, cr4
-        or eax, 0x10
-        mov cr4, eax
-        mov eax, 0x70000
-        mov cr3, eax
-        mov eax, cr0
-        or eax, 0x80010000
-        mov cr0, eax
-        jmp 22f
-    22: mov ebx, 0x800000
+        PAGING 0x10
+        mov ebx, 0x800000
         REPORTX [ebx]
         mov [ebx + 4], eax
         REPORTX [0x70008]
@@ -267,10 +280,8 @@ protected_guest! {
         CATCHX mov [ebx], eax
         mov eax, cr0
         REPORTX eax
-        btr eax, 31
-        mov cr0, eax
-        jmp 23f
-    23: REPORTX 0x77
+        NO_PAGING
+        REPORTX 0x77
         DONE
     "#,
     emulator_errs: Some("has 64-bit paging only"),
@@ -300,25 +311,14 @@ protected_guest! {
         add word ptr [0x20000], 8
         lgdt [0x20000]
         mov es, bx
-        mov eax, cr4
-        or eax, 0x10
-        mov cr4, eax
-        mov eax, 0x70000
-        mov cr3, eax
-        mov eax, cr0
-        or eax, 0x80010000
-        mov cr0, eax
-        jmp 22f
-    22: mov ebx, 0x800000
+        PAGING 0x10
+        mov ebx, 0x800000
         REPORTX [ebx]
         mov dword ptr [0x60000], 0x91003
         invlpg es:[ebx + 0x100000]
         REPORTX [ebx]
-        mov eax, cr0
-        btr eax, 31
-        mov cr0, eax
-        jmp 23f
-    23: REPORTX 0x77
+        NO_PAGING
+        REPORTX 0x77
         DONE
     "#,
     emulator_errs: Some("has 64-bit paging only"),
@@ -341,16 +341,8 @@ protected_guest! {
         rdmsr
         or eax, 0x800
         wrmsr
-        mov eax, cr4
-        or eax, 0x20
-        mov cr4, eax
-        mov eax, 0x70000
-        mov cr3, eax
-        mov eax, cr0
-        or eax, 0x80010000
-        mov cr0, eax
-        jmp 22f
-    22: mov ebx, 0x40000000
+        PAGING 0x20
+        mov ebx, 0x40000000
         REPORTX [ebx + 0x10]
         REPORTX [ebx + 0x200000]
         mov [ebx + 0x200004], eax
@@ -368,11 +360,8 @@ protected_guest! {
         mov eax, 0x70000
         mov cr3, eax
         REPORTX [ebx + 0x10]
-        mov eax, cr0
-        btr eax, 31
-        mov cr0, eax
-        jmp 24f
-    24: REPORTX 0x77
+        NO_PAGING
+        REPORTX 0x77
         DONE
     "#,
     emulator_errs: Some("has 64-bit paging only"),

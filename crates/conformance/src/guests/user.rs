@@ -391,3 +391,71 @@ guest! {
         DONE
     "#
 }
+
+guest! {
+    /// What SYSCALL and SYSRET do changes with SFMASK, STAR, EFER.SCE and CR4.TSD after they were used.
+    user calls_change, Long, Reports(&[0, 0x10, 0x400, 0x10, 0x400, 0x40, 0x400, 0x10, 6, 0, 0, 0x30d, 0, 0, 0x77]),
+    r#"
+        .macro MSR index, high, low
+            mov ecx, \index
+            mov edx, \high
+            mov eax, \low
+            wrmsr
+        .endm
+        .macro CALLS
+            std
+            syscall
+            cld
+            and ebx, 0x400
+            REPORT ebx
+            REPORT ebp
+        .endm
+        MSR 0xc0000084, 0, 0x43e00
+        MSR 0xc0000081, 0x00230010, 0
+        mov ecx, 0xc0000082
+        lea rax, [rip + 22f]
+        xor edx, edx
+        wrmsr
+        jmp 23f
+    22: pushfq
+        pop rbx
+        mov ebp, cs
+        jmp rcx
+    23: CALLS
+        MSR 0xc0000084, 0, 0x40200
+        CALLS
+        MSR 0xc0000081, 0x00230040, 0
+        CALLS
+        MSR 0xc0000081, 0x00230010, 0
+        CALLS
+        mov ecx, 0xc0000080
+        rdmsr
+        btr eax, 0
+        wrmsr
+        CATCH syscall
+        mov ecx, 0xc0000080
+        rdmsr
+        bts eax, 0
+        wrmsr
+        mov edi, 2
+        mov [0x7800], rsp
+    24: mov rsp, 0x40050000
+        lea rcx, [rip + 26f + 0x40000000]
+        mov r11d, 0x202
+        .byte 0x48, 0x0f, 0x07
+    26: CATCH rdtsc
+        xor r14d, r14d
+        xor r15d, r15d
+        TO_KERNEL
+        mov rax, cr4
+        bts rax, 2
+        mov cr4, rax
+        dec edi
+        jnz 24b
+        REPORT 0x77
+        .purgem MSR
+        .purgem CALLS
+        DONE
+    "#,
+    emulator_errs: Some("lets ring 3 read the TSC while CR4.TSD is set"),
+}

@@ -309,14 +309,14 @@ impl Cpu {
     }
 }
 
-/// Whether an instruction may want x87 state or vectors, which may be for the interpreter to bring.
-fn computes_floats(insn: &Instruction) -> bool {
+/// Whether an instruction is one of integers alone: others may want x87 state or vectors, which may be for the interpreter to
+/// bring.
+fn is_of_integers(insn: &Instruction) -> bool {
     use CpuidFeature as F;
-    insn.encoding() != EncodingKind::Legacy
-        || insn.cpuid_features().iter().any(|feature| {
-            matches!(feature, F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3)
-                || matches!(feature, F::SSE4_1 | F::SSE4_2 | F::SSE4A | F::AES | F::PCLMULQDQ | F::SHA | F::GFNI)
-        })
+    let plain = |f: &F| {
+        matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::MULTIBYTENOP)
+    };
+    insn.encoding() == EncodingKind::Legacy && insn.cpuid_features().iter().all(plain)
 }
 
 /// Whether two ops stand for the same instruction; one that does the jump behind it too differs where that is.
@@ -422,7 +422,7 @@ impl Work<'_> {
             let fused = index >= ops.len();
             let op = &ops[index.min(ops.len() - 1)];
             let last = index + 1 == ops.len() && ops.len() < instructions.len();
-            self.followed = instructions.get(index + 1).is_some_and(|next| !computes_floats(next));
+            self.followed = instructions.get(index + 1).is_some_and(is_of_integers);
             let flow = self.instruction(insn, op, index.min(ops.len() - 1), last, fused);
             if flow != Flow::On {
                 return flow;
